@@ -1,0 +1,153 @@
+"""ARMD, the auto-regressive masked diffusion model (Karami and Ghodsi, arXiv 2601.16971).
+
+A block-causal transformer that predicts every token of a text from the blocks before its own, in any order, in one pass:
+
+* prefix aggregation gives each rank a first query that does not know its own token (prefix.py, section 2.1);
+* the two-stream layers carry content X (causal) and query G (strictly causal) with one set of weights (section 2.2);
+* the causal layers above run on G alone, and the logits are read from G.
+
+No [mask] token, no time embedding: attention masks hide what is not yet generated. Rotary embedding by position in
+every attention, RMSNorm before every part, GELU MLP of four times the width, no biases, the embedding tied to the head.
+
+Shapes: B sequences, N tokens or ranks, D model width, V words. Ranked tensors have their rows in the order of
+generation, others in the order of the text.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from armd.attention import Attention, causal_mask, rotary_angles, strict_mask
+from armd.config import ModelConfig
+from armd.order import Order
+from armd.prefix import aggregate, sinusoids
+
+
+class Layer(nn.Module):
+    """Attention and MLP with one set of weights for whichever stream passes through."""
+
+    def __init__(self, config: ModelConfig, *, two_stream: bool) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.attention = Attention(config.d_model, config.n_heads, null_key=two_stream)
+        self.mlp_norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.mlp_in = nn.Linear(config.d_model, 4 * config.d_model, bias=False)
+        self.mlp_out = nn.Linear(4 * config.d_model, config.d_model, bias=False)
+
+    def queries(self, x: Tensor, rotary: Tensor) -> Tensor:
+        """Queries (B, H, N, A) of the rows of a stream."""
+        return self.attention.queries(self.attention_norm(x), rotary)
+
+    def keys_values(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H, N, A) of the rows of a stream."""
+        return self.attention.keys_values(self.attention_norm(x), rotary)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The stream after the layer, from what its queries attended to (B, N, D)."""
+        x = x + attended
+        return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
+
+
+class ARMD(nn.Module):
+    """The model; see the module's docstring. `generator` draws the initial weights."""
+
+    def __init__(self, config: ModelConfig, *, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.prefix_table = nn.Parameter(torch.empty(config.max_length, config.d_prefix))
+        self.start = nn.Parameter(torch.empty(config.d_model))
+        self.query_norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        n_causal = config.n_layers - config.n_two_stream_layers
+        self.two_stream_layers = nn.ModuleList(
+            Layer(config, two_stream=True) for _ in range(config.n_two_stream_layers)
+        )
+        self.causal_layers = nn.ModuleList(Layer(config, two_stream=False) for _ in range(n_causal))
+        self.final_norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        initialise(self, generator)
+
+    @property
+    def layers(self) -> list[Layer]:
+        """All layers, two-stream ones first."""
+        return [*self.two_stream_layers, *self.causal_layers]  # type: ignore[list-item]
+
+    def forward(self, tokens_BN: Tensor, order: Order) -> Tensor:
+        """Logits (B, N, V) in text order: [b, p] predicts the token at position p from the earlier blocks alone.
+
+        `tokens_BN` is int64 in text order; `order` has N positions, shared or one for each sequence, on any device.
+        """
+        order = order.to(tokens_BN.device)
+        logits_BNV = self.head(self.hidden_by_rank(tokens_BN, order))
+        ranks_BN = order.ranks.expand(tokens_BN.shape)
+        return logits_BNV.gather(1, ranks_BN[..., None].expand_as(logits_BNV))
+
+    def hidden_by_rank(self, tokens_BN: Tensor, order: Order) -> Tensor:
+        """The last layer's output (B, N, D), ranked and normalised: what the head turns into logits."""
+        self._check(tokens_BN, order)
+        positions_BN = order.positions.reshape(-1, order.length)  # B is 1 where the order is shared
+        x = self.embedding(tokens_BN.gather(1, positions_BN.expand(tokens_BN.shape)))
+        g = self.first_query(x, order)
+        rotary = rotary_angles(positions_BN, self.config.d_model // self.config.n_heads)[:, None]
+
+        causal = strict = None
+        if not order.one_by_one:
+            causal = causal_mask(order.block_ends.reshape(-1, order.length))
+            strict = strict_mask(order.block_starts.reshape(-1, order.length))
+        for depth, layer in enumerate(self.two_stream_layers, start=1):
+            k, v = layer.keys_values(x, rotary)
+            g = layer.finish(g, layer.attention.strict(layer.queries(g, rotary), k, v, strict))
+            if depth < len(self.two_stream_layers):  # above the last one nobody reads X
+                x = layer.finish(x, layer.attention.causal(layer.queries(x, rotary), k, v, causal))
+        for layer in self.causal_layers:
+            k, v = layer.keys_values(g, rotary)
+            g = layer.finish(g, layer.attention.causal(layer.queries(g, rotary), k, v, causal))
+        return self.final_norm(g)
+
+    def first_query(self, x_BND: Tensor, order: Order) -> Tensor:
+        """G0: the prefix aggregation of the ranked embeddings, with the start vector, normalised (B, N, D)."""
+        p_BNE = self.prefix_table[order.positions.reshape(-1, order.length)]
+        starts = order.block_starts.reshape(-1, order.length)
+        with torch.autocast(x_BND.device.type, enabled=False):  # a long sum: float32 whatever the model computes in
+            g_BND = aggregate(p_BNE, x_BND, starts, order.largest_block)
+        return self.normalised_query(g_BND).to(x_BND.dtype)
+
+    def normalised_query(self, aggregated: Tensor) -> Tensor:
+        """The query that enters the first layer, from aggregated prefixes (..., D)."""
+        return self.query_norm(aggregated.to(self.start.dtype) + self.start)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of normalised hidden rows (..., D)."""
+        return F.linear(hidden, self.embedding.weight)
+
+    def _check(self, tokens_BN: Tensor, order: Order) -> None:
+        if tokens_BN.ndim != 2 or tokens_BN.shape[1] != order.length:
+            raise ValueError(f"tokens have shape {tuple(tokens_BN.shape)}, the order wants (B, {order.length})")
+        if order.length > self.config.max_length:
+            raise ValueError(f"{order.length} tokens are more than the model's max_length of {self.config.max_length}")
+        if order.positions.ndim == 2 and order.positions.shape[0] != tokens_BN.shape[0]:
+            raise ValueError(f"{order.positions.shape[0]} orders were given for {tokens_BN.shape[0]} sequences")
+
+
+def initialise(model: ARMD, generator: torch.Generator | None = None) -> None:
+    """Draw all weights, in the order of `named_parameters`.
+
+    | parameter                              | start                                              |
+    | -------------------------------------- | -------------------------------------------------- |
+    | embedding, start vector, null keys     | normal, standard deviation 0.02                    |
+    | query, key-value, MLP-in projections   | normal, 0.02                                       |
+    | out and MLP-out projections            | normal, 0.02 / sqrt(2 n_layers): the residual's sum |
+    | position table                         | sines and cosines of unit norm a row               |
+    | norms                                  | one                                                |
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0)
+            elif name == "prefix_table":
+                parameter.copy_(sinusoids(*parameter.shape))
+            else:
+                into_residual = name.endswith(("out.weight", "mlp_out.weight"))
+                deviation = 0.02 / math.sqrt(2 * model.config.n_layers) if into_residual else 0.02
+                nn.init.normal_(parameter, std=deviation, generator=generator)

@@ -1,0 +1,91 @@
+"""A model on disk: config.json, model.safetensors, tokenizer.json and SHA256SUMS in one folder.
+
+SHA256SUMS is written last and checked first, in the format of `sha256sum -c`; nothing here can execute code.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from armd.config import ModelConfig
+from armd.model import ARMD
+from armd.tokenizer import Tokenizer
+
+FILES = ("config.json", "model.safetensors", "tokenizer.json")
+SUMS = "SHA256SUMS"
+
+
+def save(path: str | Path, model: ARMD, tokenizer: Tokenizer) -> None:
+    """Write `model` (as float32) and `tokenizer` into the folder `path`, made where it is missing.
+
+    Raises:
+        ValueError: the tokenizer's vocabulary is not the model's.
+    """
+    _check_vocabulary(model.config, tokenizer)
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SUMS).unlink(missing_ok=True)
+    (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors")
+    tokenizer.save(folder / "tokenizer.json")
+    (folder / SUMS).write_text("".join(f"{_sha256(folder / name)}  {name}\n" for name in FILES), encoding="utf-8")
+
+
+def load(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[ARMD, Tokenizer]:
+    """The model, in evaluation mode, and the tokenizer of the folder `path`.
+
+    Raises:
+        ValueError: a file is missing, does not match its sum, or does not fit the others; the message names it.
+    """
+    folder = Path(path)
+    verify(folder)
+    try:
+        config = ModelConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'} is not a model's configuration: {error}") from error
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    _check_vocabulary(config, tokenizer)
+    with torch.device("meta"):
+        model = ARMD(config)
+    try:
+        state = load_file(folder / "model.safetensors", device=str(device))
+        model.load_state_dict(state, assign=True)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{folder / 'model.safetensors'} does not hold this model: {error}") from error
+    return model.eval(), tokenizer
+
+
+def verify(path: str | Path) -> dict[str, str]:
+    """Compare every file of a model's folder with SHA256SUMS; the sums by file name.
+
+    Raises:
+        ValueError: the folder, a file or its sum is missing, or a file is not what was saved.
+    """
+    folder = Path(path)
+    if not (folder / SUMS).is_file():
+        raise ValueError(f"{folder} holds no saved model: there is no {SUMS} in it")
+    lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    for name in FILES:
+        if name not in sums or not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing")
+        if _sha256(folder / name) != sums[name]:
+            raise ValueError(f"{folder / name} is damaged: its SHA-256 is not the one in {SUMS}")
+    return sums
+
+
+def _check_vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} entries, the model {config.vocab_size}: they do not belong together"
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

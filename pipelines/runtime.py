@@ -1,0 +1,70 @@
+"""The Ray cluster that a stage runs on: the one RAY_ADDRESS names, else a private one on this machine."""
+
+import logging
+import os
+import secrets
+import sys
+import tempfile
+from pathlib import Path
+
+from pipelines.errors import UserError
+
+# Settings that every process of the cluster must agree on, driver and workers alike; all are no-ops on a remote cluster
+# whose nodes set their own.
+WORKER_ENVIRONMENT = {
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # without it the dashboard's Train tab stays empty
+}
+
+
+def on_cluster() -> bool:
+    """True when the work goes to a cluster that outlives this command."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def connect(cpus: int = 4) -> None:
+    """Join the cluster of RAY_ADDRESS, or start a private one that offers at least `cpus` logical CPUs.
+
+    Does nothing where this process is connected already. Logical CPUs may exceed the cores: stages of the demo need a
+    few small processes at once, and a queue that never moves is worse than two processes sharing a core.
+
+    Raises:
+        UserError: the cluster cannot be reached or started.
+    """
+    for name, value in WORKER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if not on_cluster():
+        _use_private_token()
+    import ray
+
+    if ray.is_initialized():
+        return
+    options: dict = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if on_cluster():
+        options["address"] = os.environ["RAY_ADDRESS"]
+    else:
+        options.update(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False)
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+        where = f"the Ray cluster at {options['address']}" if on_cluster() else "a local Ray cluster"
+        raise UserError(
+            f"{where} did not answer: {str(error).splitlines()[0]}",
+            "run `armd doctor`; unset RAY_ADDRESS to use this machine alone, or set RAY_AUTH_MODE and the token to the cluster's",
+        ) from error
+
+
+def _use_private_token() -> None:
+    """Guard a local cluster by a token of its own: its ports listen on every interface.
+
+    Ray reads these settings when it is imported. Where that has happened already its own default holds, which is a
+    token too, shared by all of the user's clusters.
+    """
+    if "ray" in sys.modules or {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+        return
+    os.environ["RAY_AUTH_MODE"] = "token"
+    path = Path(tempfile.mkdtemp(prefix="armd-")) / "token"
+    path.touch(mode=0o600)
+    path.write_text(secrets.token_hex(32))
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
