@@ -1,0 +1,84 @@
+"""What a worker computes at each step: its sequences of the global batch and their orders, read one step ahead.
+
+A step's data are a pure function of the seed, the corpus and the step, whatever the number of workers: sequence
+`row` of step `step` is sample `step * batch_size + row` of an endless run through the training windows, each epoch in
+a permutation of its own.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from armd.objective import Schedule
+from armd.order import Order
+from pipelines.train_config import TrainConfig
+from pipelines.windows import Permutation, WindowIndex
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences that go through the model together."""
+
+    tokens_BN: torch.Tensor
+    order: Order
+
+
+def schedule(config: TrainConfig) -> Schedule:
+    """The schedule of orders in a training configuration."""
+    return Schedule(**{name: getattr(config, name) for name in Schedule.__dataclass_fields__})
+
+
+class Batches:
+    """The micro-batches of one worker, step by step."""
+
+    def __init__(self, config: TrainConfig, windows: WindowIndex, rank: int, pin_memory: bool = False) -> None:
+        self._config = config
+        self._windows = windows
+        self._schedule = schedule(config)
+        self._pin = pin_memory
+        share = config.batch_size // config.n_workers
+        self._rows = range(rank * share, (rank + 1) * share)
+        self._epoch = -1
+        self._permutation = Permutation(len(windows), config.seed, 0)
+
+    @property
+    def n_windows(self) -> int:
+        """Windows in an epoch."""
+        return len(self._windows)
+
+    def from_step(self, step: int) -> Iterator[list[MicroBatch]]:
+        """The micro-batches of `step`, `step + 1`, ... to the end; the next is read while the last is computed."""
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as reader:
+            ahead = reader.submit(self.at, step)
+            for following in range(step + 1, self._config.total_steps + 1):
+                batch = ahead.result()
+                if following < self._config.total_steps:
+                    ahead = reader.submit(self.at, following)
+                yield batch
+
+    def at(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of one step."""
+        size = self._config.micro_batch_size
+        rows = [self._rows[i : i + size] for i in range(0, len(self._rows), size)]
+        return [self._micro_batch(step, part) for part in rows]
+
+    def position(self, step: int) -> dict[str, Any]:
+        """Where the data stand after `step` steps, as a checkpoint records it."""
+        consumed = step * self._config.batch_size
+        return {"epoch": consumed // len(self._windows), "consumed_samples": consumed, "seed": self._config.seed}
+
+    def _micro_batch(self, step: int, rows: Sequence[int]) -> MicroBatch:
+        tokens = torch.from_numpy(np.stack([self._window(step * self._config.batch_size + row) for row in rows]))
+        order = self._schedule.order(step, rows, self._windows.sequence_length, self._config.seed)
+        return MicroBatch(tokens.pin_memory() if self._pin else tokens, order)
+
+    def _window(self, sample: int) -> np.ndarray:
+        epoch, place = divmod(sample, len(self._windows))
+        if epoch != self._epoch:
+            self._permutation = Permutation(len(self._windows), self._config.seed, epoch)
+            self._epoch = epoch
+        return self._windows[self._permutation[place]]

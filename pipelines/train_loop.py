@@ -1,0 +1,405 @@
+"""One training worker: torch.distributed and DeepSpeed, no Ray, so that it runs and is tested without a cluster.
+
+The loop is bit for bit repeatable on the CPU: weights, data and orders follow from the seed and the step, and a
+checkpoint holds everything else.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from armd.model import ARMD
+from armd.objective import nats, seeded
+from armd.optim import adamw, learning_rate
+from armd.order import Order
+from armd.tokenizer import Tokenizer
+from pipelines import checkpoint, storage, zero
+from pipelines.batches import Batches, MicroBatch, schedule
+from pipelines.ema import Ema
+from pipelines.errors import UserError
+from pipelines.manifest import read_manifest
+from pipelines.metrics import FILE, MetricsLog
+from pipelines.train_config import TrainConfig
+from pipelines.windows import WindowIndex
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a worker is to do; the same on all workers."""
+
+    config: TrainConfig
+    corpus: str
+    """Directory or URI of the finished corpus."""
+    output: str
+    """Directory or URI of this training stage, which all workers can reach."""
+
+
+Watch = Callable[[dict[str, Any]], None]
+"""Receives every metrics record on rank 0, besides {"kind": "progress", "step", "loss"} after each step."""
+
+
+def train(job: Job, watch: Watch) -> dict[str, Any]:
+    """Train to the last step, from the newest committed checkpoint where there is one; rank 0's summary of the run.
+
+    Raises:
+        UserError: the output is not shared by the workers, a file is not as its manifest says, or a loss or gradient
+            is not finite.
+    """
+    worker = Worker(job, watch)
+    try:
+        return worker.run()
+    finally:
+        worker.close()
+
+
+class Worker:
+    """The state of one rank."""
+
+    def __init__(self, job: Job, watch: Watch) -> None:
+        self.job, self.config, self.watch = job, job.config, watch
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        assert self.world == self.config.n_workers, "the batch is cut by the configuration's number of workers"
+        self.device = _device()
+        self.bfloat16 = _is_bfloat16(self.config, self.device)
+        if self.device.type == "cpu":
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.world))
+        self.attempt: str = self.agree(secrets.token_hex(4))
+        self.scratch = tempfile.TemporaryDirectory(prefix="armd-train-")
+        self.checkpoints = storage.join(job.output, "checkpoints")
+        self._check_shared()
+
+        self.corpus_sha = storage.sha256_file(storage.join(job.corpus, "manifest.json"))
+        corpus = read_manifest(job.corpus)
+        train_windows = WindowIndex(job.corpus, "train")
+        self.validation = WindowIndex(job.corpus, "validation")
+        _check_windows(train_windows, self.validation)
+        self.length = train_windows.sequence_length
+        self.batches = Batches(self.config, train_windows, self.rank, pin_memory=self.device.type == "cuda")
+        self.schedule = schedule(self.config)
+        tokenizer = Tokenizer.load(_tokenizer_file(job.corpus, self.scratch.name))
+        if tokenizer.sha256 != corpus["tokenizer_sha256"]:
+            raise UserError(
+                f"{storage.join(job.corpus, 'tokenizer.json')} is not the tokenizer that made the corpus's shards",
+                "remove the corpus's manifest.json and run the same command again to make it anew",
+            )
+        model_config = self.config.architecture.model_config(tokenizer.vocab_size, self.length)
+        model = ARMD(model_config, generator=seeded("weights", self.config.seed)).to(self.device)
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        optimizer = adamw(
+            model,
+            learning_rate=self.config.learning_rate,
+            betas=self.config.betas,
+            weight_decay=self.config.weight_decay,
+        )
+        self.engine = zero.initialize(Nats(model), optimizer, self.config, bfloat16=self.bfloat16)
+        self.ema = Ema(self.engine, self.config.ema_decay) if self.config.ema_decay else None
+        self.step = self._resume()
+        log_uri = storage.join(job.output, FILE)
+        self.log = MetricsLog(log_uri, self.step) if self.rank == 0 else None
+
+    def run(self) -> dict[str, Any]:
+        """All steps that are left, and the summary."""
+        config = self.config
+        started, first_step, since = time.perf_counter(), self.step, _Meter()
+        validated: dict[str, float] = {}
+        for micro_batches in self.batches.from_step(self.step):
+            loss = self._train_step(micro_batches)
+            self.step += 1
+            last = self.step == config.total_steps
+            since.add(loss)
+            if self.rank == 0:
+                self.watch({"kind": "progress", "step": self.step, "loss": loss})
+            if self.step % config.log_every == 0 or last:
+                self._record(self._metrics(since))
+                since = _Meter()
+            if self.step % config.validate_every == 0 or last:
+                validated = self._validate(last)
+                since.pause()
+            if self.step % config.checkpoint_every == 0 or last:
+                self._save(validated if last else None)
+                since.pause()
+        seconds = time.perf_counter() - started
+        done = self.step - first_step
+        return self._summary(validated, done * config.batch_size * self.length / seconds if done else 0.0)
+
+    def close(self) -> None:
+        """Give back scratch files."""
+        self.scratch.cleanup()
+
+    def _train_step(self, micro_batches: list[MicroBatch]) -> float:
+        """Forward, backward and update; the loss of the global batch in nats a token.
+
+        A loss or gradient that is not finite stops every rank before anything is saved.
+        """
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = self._learning_rate(self.step)
+        total = torch.zeros((), device=self.device)
+        for micro_batch in micro_batches:
+            loss_sum, count = self.engine(micro_batch.tokens_BN.to(self.device, non_blocking=True), micro_batch.order)
+            # Every sequence has the same number of tokens, so DeepSpeed's mean over ranks and micro-batches of these
+            # means is the mean over the global batch.
+            self.engine.backward(loss_sum / count)
+            total += loss_sum.detach()
+            if micro_batch is micro_batches[-1]:
+                loss = self._summed(total)[0] / (self.config.batch_size * self.length)
+                self._check_finite("loss", loss)
+            self.engine.step()
+        self._check_finite("gradient's norm", self._gradient_norm())
+        if self.ema is not None:
+            self.ema.update()
+        return loss
+
+    @torch.no_grad()
+    def _validate(self, last: bool) -> dict[str, float]:
+        """Held-out nats a token, left to right and, from strided fine-tuning on, in each number of streams."""
+        several = last or self.schedule.is_strided(self.step)
+        streams = sorted({1, *self.config.streams}) if several else [1]
+        losses = {}
+        self.engine.eval()
+        with self.ema.in_place() if self.ema is not None else contextlib.nullcontext():
+            for n_streams in streams:
+                order = Order.strided(self.length, min(n_streams, self.length))
+                losses[str(n_streams)] = self._held_out(order)
+                self._record({"kind": "validation", "loss": losses[str(n_streams)], "n_streams": n_streams})
+        self.engine.train()
+        return losses
+
+    def _held_out(self, order: Order) -> float:
+        """Mean nats a token over the first validation windows, shared out over the ranks."""
+        n = min(self.config.validation_windows, len(self.validation))
+        size = self.config.micro_batch_size
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for first in range(0, n, size * self.world):
+            mine = range(first + self.rank * size, min(n, first + (self.rank + 1) * size))
+            # Under ZeRO-3 every forward is collective: a rank with nothing left computes window 0 for nothing.
+            rows = [self.validation[i] for i in mine] or [self.validation[0]]
+            tokens = torch.from_numpy(np.stack(rows)).to(self.device)
+            loss_sum, count = self.engine(tokens, order)
+            if mine:
+                total += torch.tensor([float(loss_sum), count], dtype=torch.float64, device=self.device)
+        loss_sum, count = self._summed(total)
+        return loss_sum / count
+
+    def _save(self, validation: dict[str, float] | None) -> None:
+        """A checkpoint by the protocol of checkpoint.py: shards of all ranks, a barrier, manifest, mark."""
+        path = storage.join(self.checkpoints, checkpoint.name(self.step, self.attempt))
+        with tempfile.TemporaryDirectory(prefix=".save-", dir=self._near(path)) as scratch:
+            self.engine.save_checkpoint(scratch, tag=checkpoint.TAG, save_latest=False)
+            if self.ema is not None:
+                self.ema.save(scratch, self.rank)
+            files = checkpoint.put_shards(scratch, path)
+        gathered: list[Any] = [None] * self.world
+        dist.all_gather_object(gathered, files)  # a barrier too: every rank's files are in place
+        if self.rank == 0:
+            assert self.log is not None
+            self.log.flush()
+            about = {
+                "step": self.step,
+                "world_size": self.world,
+                "zero_stage": self.config.zero_stage,
+                "config": asdict(self.config),
+                "parameters": self.parameters,
+                "sequence_length": self.length,
+                "data": {**self.batches.position(self.step), "manifest_sha": self.corpus_sha},
+                "validation": validation,
+            }
+            checkpoint.commit(path, [entry for entries in gathered for entry in entries], about)
+            checkpoint.prune(self.checkpoints, self.config.keep_checkpoints, self.attempt)
+        dist.barrier()
+
+    def _resume(self) -> int:
+        """Load the newest committed checkpoint; the number of steps it has behind it, 0 where there is none."""
+        found = self.agree(checkpoint.newest(self.checkpoints) if self.rank == 0 else None)
+        if found is None:
+            return 0
+        path, manifest = found
+        if manifest["data"]["manifest_sha"] != self.corpus_sha:
+            raise UserError(
+                f"checkpoint {path} was trained on another corpus than {self.job.corpus}",
+                "remove the training stage's directory and run the same command again",
+            )
+        folder = checkpoint.local_copy(path, manifest, self.scratch.name)
+        loaded, _ = self.engine.load_checkpoint(folder, tag=checkpoint.TAG)
+        assert loaded is not None, f"DeepSpeed found nothing in {folder}"
+        if self.ema is not None:
+            self.ema.load(folder, self.rank)
+        logger.info("resumed after step %d from %s", manifest["step"], path)
+        return int(manifest["step"])
+
+    def _summary(self, validation: dict[str, float], tokens_per_second: float) -> dict[str, Any]:
+        path, manifest = self.agree(checkpoint.newest(self.checkpoints) if self.rank == 0 else None)
+        assert manifest["step"] == self.step, "the last step is always saved"
+        return {
+            "checkpoint": os.path.relpath(path, self.job.output) if storage.is_local(path) else path,
+            "parameters": self.parameters,
+            "steps": self.step,
+            "tokens": self.step * self.config.batch_size * self.length,
+            "epochs": manifest["data"]["consumed_samples"] / self.batches.n_windows,
+            "final": {
+                "validation_nats_per_token": (validation or manifest["validation"])["1"],
+                "validation_nats_per_token_by_streams": validation or manifest["validation"],
+                "averaged_weights": self.ema is not None,
+            },
+            "tokens_per_second": tokens_per_second,
+            "world_size": self.world,
+            "zero_stage": self.config.zero_stage,
+            "dtype": "bfloat16" if self.bfloat16 else "float32",
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+        }
+
+    def agree(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
+
+    def _summed(self, local: torch.Tensor) -> list[float]:
+        """The sum over ranks, in float64 so that its rounding does not depend on their number."""
+        total = local.double().reshape(-1)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def _learning_rate(self, step: int) -> float:
+        config = self.config
+        return learning_rate(
+            step,
+            total_steps=config.total_steps,
+            peak=config.learning_rate,
+            warmup_steps=config.warmup_steps,
+            schedule=config.schedule,
+            min_ratio=config.min_learning_rate_ratio,
+        )
+
+    def _gradient_norm(self) -> float:
+        norm = self.engine.get_global_grad_norm()
+        return 0.0 if norm is None else float(norm)
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise UserError(
+                f"the {what} is {value} at step {self.step + 1}, with learning rate {self._learning_rate(self.step):.3g}",
+                "lower --train.learning-rate or raise --train.warmup-steps; the checkpoints before this step are kept",
+            )
+
+    def _check_shared(self) -> None:
+        """Every rank must see what rank 0 writes, or a checkpoint would lie in pieces on several machines."""
+        marker = storage.join(self.checkpoints, f"attempt-{self.attempt}")
+        if self.rank == 0:
+            storage.write_text(marker, "")
+        dist.barrier()
+        seen: list[Any] = [None] * self.world
+        dist.all_gather_object(seen, storage.exists(marker))
+        if self.rank == 0:
+            storage.remove_tree(marker)
+        if not all(seen):
+            raise UserError(
+                f"{self.job.output} is not shared by all {self.world} workers",
+                "give --root a folder on a shared file system or an s3:// URI",
+            )
+
+    def _near(self, path: str) -> str:
+        """Where scratch files go that will be moved to `path`: the same file system where that is local."""
+        if not storage.is_local(path):
+            return self.scratch.name
+        storage.make_dir(self.checkpoints)
+        return self.checkpoints
+
+    def _metrics(self, since: "_Meter") -> dict[str, Any]:
+        step = self.step - 1  # the step just done, counted from 0 as the schedules do
+        strided = self.schedule.is_strided(step)
+        return {
+            "kind": "train",
+            "loss": since.loss,
+            "grad_norm": self._gradient_norm(),
+            "learning_rate": self._learning_rate(step),
+            "tokens_per_second": self.config.batch_size * self.length / since.step_seconds,
+            "step_seconds": since.step_seconds,
+            "n_shuffled": self.schedule.n_shuffled(step),
+            "n_streams": self.schedule.strided_draw(step, self.length, self.config.seed)[0] if strided else 1,
+        }
+
+    def _record(self, record: dict[str, Any]) -> None:
+        if self.log is not None:
+            record = {
+                **record,
+                "step": self.step,
+                "tokens": self.step * self.config.batch_size * self.length,
+            }
+            self.log.write(record)
+            self.watch(record)
+
+
+class _Meter:
+    """Mean loss and time of the steps since the last line of metrics; the time of validating and saving left out."""
+
+    def __init__(self) -> None:
+        self._losses: list[float] = []
+        self._seconds = 0.0
+        self._since = time.perf_counter()
+
+    def add(self, loss: float) -> None:
+        self._losses.append(loss)
+        self._seconds += time.perf_counter() - self._since
+        self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        """What happened since the last step was not training."""
+        self._since = time.perf_counter()
+
+    @property
+    def loss(self) -> float:
+        return sum(self._losses) / len(self._losses)
+
+    @property
+    def step_seconds(self) -> float:
+        return self._seconds / len(self._losses)
+
+
+class Nats(torch.nn.Module):
+    """The objective as the module that DeepSpeed wraps: its forward is the sum of nats and the count."""
+
+    def __init__(self, model: ARMD) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens_BN: torch.Tensor, order: Order) -> tuple[torch.Tensor, int]:
+        """As `armd.objective.nats`."""
+        return nats(self.model, tokens_BN, order)
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _is_bfloat16(config: TrainConfig, device: torch.device) -> bool:
+    return config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+
+
+def _check_windows(train: WindowIndex, validation: WindowIndex) -> None:
+    for split, windows in (("training", train), ("held-out", validation)):
+        if len(windows) == 0:
+            raise UserError(
+                f"the corpus's {split} documents do not fill one window of {windows.sequence_length} tokens",
+                "add text, or shorten the windows by --corpus.sequence-length",
+            )
+
+
+def _tokenizer_file(corpus: str, scratch: str) -> str:
+    return storage.fetch_file(storage.join(corpus, "tokenizer.json"), scratch)
