@@ -68,9 +68,7 @@ class Order:
         return cls.given(positions, blocks)
 
     @classmethod
-    def given(
-        cls, positions: Sequence[int] | Tensor, blocks: Sequence[int] | Tensor | None = None
-    ) -> "Order":
+    def given(cls, positions: Sequence[int] | Tensor, blocks: Sequence[int] | Tensor | None = None) -> "Order":
         """Any order: `positions` by rank and `blocks` by rank (None: one token a block), (N,) or (B, N).
 
         Raises:

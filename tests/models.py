@@ -1,0 +1,37 @@
+"""Small models for tests."""
+
+import torch
+
+from armd import ARMD
+from armd.config import Architecture
+
+
+def tiny_model(
+    vocab_size: int = 13,
+    max_length: int = 32,
+    *,
+    n_layers: int = 4,
+    n_two_stream_layers: int = 2,
+    d_model: int = 16,
+    n_heads: int = 2,
+    d_prefix: int = 8,
+    seed: int = 0,
+    scale: float = 6.0,
+) -> ARMD:
+    """A float64 model whose weights are large enough for every part to matter in its output."""
+    architecture = Architecture(
+        n_layers=n_layers,
+        n_two_stream_layers=n_two_stream_layers,
+        d_model=d_model,
+        n_heads=n_heads,
+        d_prefix=d_prefix,
+    )
+    model = ARMD(architecture.model_config(vocab_size, max_length), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+            else:
+                parameter.mul_(scale)
+    return model.double().eval()
