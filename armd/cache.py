@@ -37,7 +37,7 @@ class Cache:
         return sum(tensor.numel() * tensor.element_size() for tensor in storage) // self.prefix.shape[0]
 
     def clear(self, slot: int) -> None:
-        """Make a slot ready for another text. Keys and values need no clearing: no mask reaches beyond what was written."""
+        """Make a slot ready for another text; no mask reaches beyond the keys that it will have written."""
         self.prefix[slot] = 0
 
 

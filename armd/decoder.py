@@ -17,7 +17,7 @@ from torch import Tensor
 
 from armd.attention import rotary_angles
 from armd.cache import Cache, rows_of
-from armd.model import ARMD
+from armd.model import ARMD, Layer
 
 
 @dataclass
@@ -104,27 +104,27 @@ class Decoder:
         n_layers = len(self.model.two_stream_layers)
         for depth, layer in enumerate(self.model.two_stream_layers):
             storage = self.cache.content[depth]
-            k, v = layer.keys_values(x_MD[None], rotary_x)  # type: ignore[operator]
+            k, v = layer.keys_values(x_MD[None], rotary_x)
             self._append(storage, k, v, content, slots, 1)
             keys, values = (rows_of(part, slots, 1 + n_known) for part in storage)
             if depth + 1 < n_layers:  # the last two-stream layer needs keys and values alone from X
                 rows = torch.cat([x_MD, g_MD])
-                q = _rows(layer.queries(rows[None], torch.cat([rotary_x, rotary_g])))  # type: ignore[operator]
+                q = _rows(layer.queries(rows[None], torch.cat([rotary_x, rotary_g])))
                 heads_x = _attend(content, q[: len(x_MD)], keys, values, mask_x)
                 heads_g = _attend(query, q[len(x_MD) :], keys, values, mask_g)
                 rows = self._finish(layer, rows, torch.cat([heads_x, heads_g]))
                 x_MD, g_MD = rows[: len(x_MD)], rows[len(x_MD) :]
             else:
-                q = _rows(layer.queries(g_MD[None], rotary_g))  # type: ignore[operator]
+                q = _rows(layer.queries(g_MD[None], rotary_g))
                 g_MD = self._finish(layer, g_MD, _attend(query, q, keys, values, mask_g))
 
         mask_g = _interval(query, torch.zeros_like(query_ends_M), query_ends_M, n_queried)
         for depth, layer in enumerate(self.model.causal_layers):
             storage = self.cache.query[depth]
-            k, v = layer.keys_values(g_MD[None], rotary_g)  # type: ignore[operator]
+            k, v = layer.keys_values(g_MD[None], rotary_g)
             self._append(storage, k, v, query, slots, 0)
             keys, values = (rows_of(part, slots, n_queried) for part in storage)
-            q = _rows(layer.queries(g_MD[None], rotary_g))  # type: ignore[operator]
+            q = _rows(layer.queries(g_MD[None], rotary_g))
             g_MD = self._finish(layer, g_MD, _attend(query, q, keys, values, mask_g))
         wanted = [r >= len(w.positions) - w.n_fill for w in work for r in range(len(w.positions))]
         return self.model.head(self.model.final_norm(g_MD[torch.tensor(wanted, device=device)]))
@@ -139,7 +139,7 @@ class Decoder:
         starts_M: Tensor,
         slots: Sequence[int],
     ) -> Tensor:
-        """G0 of the query rows by the recurrence: the state of the cached ranks, and this step's content rows on top."""
+        """G0 of the query rows by the recurrence: the cached ranks' state, and this step's content rows on top."""
         table = self.model.prefix_table
         x_BRD, p_BRE = content.pad(x_MD.float()), content.pad(table[positions_M].float())
         p_query = query.pad(table[fills_M].float())
@@ -159,9 +159,9 @@ class Decoder:
         storage[0].transpose(1, 2)[at, rows.ranks + offset] = _rows(k)
         storage[1].transpose(1, 2)[at, rows.ranks + offset] = _rows(v)
 
-    def _finish(self, layer: torch.nn.Module, rows_MD: Tensor, heads_MHA: Tensor) -> Tensor:
-        attended = layer.attention.merge(heads_MHA.transpose(0, 1)[None])  # type: ignore[union-attr,operator]
-        return layer.finish(rows_MD[None], attended)[0]  # type: ignore[operator,no-any-return]
+    def _finish(self, layer: Layer, rows_MD: Tensor, heads_MHA: Tensor) -> Tensor:
+        attended = layer.attention.merge(heads_MHA.transpose(0, 1)[None])
+        return layer.finish(rows_MD[None], attended)[0]
 
 
 def _attend(rows: Rows, q_MHA: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """ARMD, the auto-regressive masked diffusion model (Karami and Ghodsi, arXiv 2601.16971).
 
-A block-causal transformer that predicts every token of a text from the blocks before its own, in any order, in one pass:
+A block-causal transformer that predicts every token of a text from the blocks before its own, in any order and in one
+pass:
 
 * prefix aggregation gives each rank a first query that does not know its own token (prefix.py, section 2.1);
 * the two-stream layers carry content X (causal) and query G (strictly causal) with one set of weights (section 2.2);
@@ -14,6 +15,7 @@ generation, others in the order of the text.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -61,17 +63,15 @@ class ARMD(nn.Module):
         self.start = nn.Parameter(torch.empty(config.d_model))
         self.query_norm = nn.RMSNorm(config.d_model, eps=1e-6)
         n_causal = config.n_layers - config.n_two_stream_layers
-        self.two_stream_layers = nn.ModuleList(
+        # ModuleLists, typed by what they hold.
+        self.two_stream_layers: Sequence[Layer] = nn.ModuleList(  # type: ignore[assignment]
             Layer(config, two_stream=True) for _ in range(config.n_two_stream_layers)
         )
-        self.causal_layers = nn.ModuleList(Layer(config, two_stream=False) for _ in range(n_causal))
+        self.causal_layers: Sequence[Layer] = nn.ModuleList(  # type: ignore[assignment]
+            Layer(config, two_stream=False) for _ in range(n_causal)
+        )
         self.final_norm = nn.RMSNorm(config.d_model, eps=1e-6)
         initialise(self, generator)
-
-    @property
-    def layers(self) -> list[Layer]:
-        """All layers, two-stream ones first."""
-        return [*self.two_stream_layers, *self.causal_layers]  # type: ignore[list-item]
 
     def forward(self, tokens_BN: Tensor, order: Order) -> Tensor:
         """Logits (B, N, V) in text order: [b, p] predicts the token at position p from the earlier blocks alone.

@@ -14,7 +14,8 @@ def adamw(model: ARMD, *, learning_rate: float, betas: tuple[float, float], weig
     The embedding, the position table, norms and single vectors keep their size: the first two are looked up row by
     row, and decay would shrink the rare rows.
     """
-    decayed, kept = [], []
+    decayed: list[torch.nn.Parameter] = []
+    kept: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_projection = parameter.ndim == 2 and "layers" in name
         (decayed if is_projection else kept).append(parameter)
@@ -31,7 +32,7 @@ def learning_rate(
     schedule: Literal["cosine", "constant"],
     min_ratio: float,
 ) -> float:
-    """The learning rate of `step`, counted from 0: linear warm-up, then constant or half a cosine to min_ratio * peak."""
+    """The learning rate of `step`, counted from 0: linear warm-up, then constant or a cosine down to min_ratio * peak."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     if schedule == "constant":

@@ -82,7 +82,7 @@ def verify(path: str | Path) -> dict[str, str]:
 def _check_vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> None:
     if tokenizer.vocab_size != config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} entries, the model {config.vocab_size}: they do not belong together"
+            f"the tokenizer has {tokenizer.vocab_size} entries, the model has {config.vocab_size}: they are no pair"
         )
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from typing import Any
+from typing import Any, ClassVar
 
 from pipelines import storage
 
@@ -22,10 +22,11 @@ class MetricsLog:
         kept = [line for line in lines if _step(line) is not None and _step(line) <= resumed_step]  # type: ignore[operator]
         text = "".join(line + "\n" for line in kept)
         storage.write_text(uri, text)
+        # Kept open for the length of the run.
         if storage.is_local(uri):
-            self._file = open(storage.absolute(uri), "a", encoding="utf-8")
+            self._file = open(storage.absolute(uri), "a", encoding="utf-8")  # noqa: SIM115
         else:
-            self._file = tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".jsonl")
+            self._file = tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".jsonl")  # noqa: SIM115
             self._file.write(text)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -50,7 +51,7 @@ def read_metrics(folder: str) -> list[dict[str, Any]]:
 class Gauges:
     """What the Ray dashboard and Prometheus show of a run, as ray_armd_train_*."""
 
-    NAMES = {
+    NAMES: ClassVar = {
         "loss": "training loss in nats a token",
         "validation_loss": "held-out loss in nats a token",
         "tokens_per_second": "tokens trained on a second, all workers together",

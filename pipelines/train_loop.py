@@ -290,7 +290,7 @@ class Worker:
     def _check_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
             raise UserError(
-                f"the {what} is {value} at step {self.step + 1}, with learning rate {self._learning_rate(self.step):.3g}",
+                f"the {what} is {value} at step {self.step + 1}, learning rate {self._learning_rate(self.step):.3g}",
                 "lower --train.learning-rate or raise --train.warmup-steps; the checkpoints before this step are kept",
             )
 
