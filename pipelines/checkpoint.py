@@ -56,11 +56,11 @@ def verified(path: str) -> dict[str, Any]:
     """
     fix = f"remove {path}; training then resumes from the checkpoint before it"
     try:
-        digest = storage.read_text(storage.join(path, COMMITTED)).strip()
+        digest = storage.read_bytes(storage.join(path, COMMITTED)).strip()
     except FileNotFoundError:
         raise UserError(f"checkpoint {path} was never committed", fix) from None
     try:
-        if storage.sha256_file(storage.join(path, MANIFEST)) != digest:
+        if storage.sha256_file(storage.join(path, MANIFEST)).encode() != digest:
             raise UserError(f"checkpoint {path}: {MANIFEST} does not match {COMMITTED}", fix)
         manifest: dict[str, Any] = storage.read_json(storage.join(path, MANIFEST))
         for entry in manifest["files"]:

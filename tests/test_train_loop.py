@@ -1,0 +1,171 @@
+"""The training loop on real DeepSpeed and gloo, without Ray: repeatable, resumable, the same for any split of work."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from armd.config import Architecture
+from pipelines import checkpoint, export
+from pipelines.errors import UserError
+from pipelines.metrics import read_metrics
+from pipelines.train_config import TrainConfig
+from pipelines.train_loop import Job
+from tests.corpora import make_corpus
+from tests.gloo import run_workers
+
+pytestmark = pytest.mark.slow
+
+ARCHITECTURE = Architecture(n_layers=2, n_two_stream_layers=1, d_model=32, n_heads=2, d_prefix=8)
+CONFIG = TrainConfig(
+    architecture=ARCHITECTURE,
+    batch_size=8,
+    micro_batch_size=2,
+    steps=6,
+    strided_steps=4,
+    ar_steps=1,
+    permutation_steps=3,
+    max_shuffled=8,
+    warmup_steps=2,
+    learning_rate=3e-3,
+    log_every=1,
+    validate_every=5,
+    validation_windows=5,
+    checkpoint_every=4,
+    n_workers=1,
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def run(corpus: str, output: Path, die_at: int | None = None, **changes: Any) -> Any:
+    config = dataclasses.replace(CONFIG, **changes)
+    results = run_workers(Job(config=config, corpus=corpus, output=str(output)), die_at)
+    return results[0] if results else None
+
+
+def losses(output: Path) -> list[tuple[str, int, str]]:
+    """Kind, step and exact loss of every line of metrics."""
+    return [(r["kind"], r["step"], float(r["loss"]).hex()) for r in read_metrics(str(output))]
+
+
+def weights(output: Path) -> dict[str, str]:
+    """SHA-256 of every file of the newest checkpoint."""
+    found = checkpoint.newest(str(output / "checkpoints"))
+    assert found is not None
+    return {entry["path"]: entry["sha256"] for entry in found[1]["files"]}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("uninterrupted")
+    summary = run(corpus, output, ema_decay=0.9)
+    assert summary["steps"] == 10
+    return output
+
+
+def test_the_run_learns_and_says_so(uninterrupted: Path) -> None:
+    records = read_metrics(str(uninterrupted))
+    train = [r for r in records if r["kind"] == "train"]
+    assert [r["step"] for r in train] == list(range(1, 11))
+    assert train[-1]["loss"] < train[0]["loss"] - 0.1
+    assert abs(train[0]["loss"] - math.log(280)) < 0.5
+    assert [r["n_shuffled"] for r in train] == [0, 0, 4, 8, 8, 8, 0, 0, 0, 0]
+    assert train[-1]["tokens"] == 10 * 8 * 16
+    held_out = [(r["step"], r["n_streams"]) for r in records if r["kind"] == "validation"]
+    assert held_out == [(5, 1), (10, 1), (10, 2), (10, 4)]
+
+
+@pytest.mark.parametrize("die_at", [3, 6, 10])
+def test_resuming_is_never_having_stopped(corpus: str, uninterrupted: Path, tmp_path: Path, die_at: int) -> None:
+    """Bit for bit: losses, validation, weights, optimiser. Before the first checkpoint, between two, at the last step.
+
+    Seen to fail without loading the EMA, with the data taken from step 0, and with the learning rate left to the
+    optimiser's state.
+    """
+    run(corpus, tmp_path, die_at, ema_decay=0.9)
+    before = checkpoint.newest(str(tmp_path / "checkpoints"))
+    assert (before[1]["step"] if before else 0) == {3: 0, 6: 4, 10: 8}[die_at]
+    run(corpus, tmp_path, ema_decay=0.9)
+    assert losses(tmp_path) == losses(uninterrupted)
+    assert weights(tmp_path) == weights(uninterrupted)
+
+
+def test_a_finished_run_trains_no_further(corpus: str, uninterrupted: Path) -> None:
+    before = weights(uninterrupted)
+    summary = run(corpus, uninterrupted, ema_decay=0.9)
+    assert summary["steps"] == 10
+    assert weights(uninterrupted) == before
+    assert summary["final"]["validation_nats_per_token"] > 0
+
+
+def test_two_workers_and_any_zero_stage_give_one_workers_losses(corpus: str, tmp_path: Path) -> None:
+    """To rounding, with the average of the weights in place for validation."""
+    reference = None
+    for n_workers, stage in ((1, 1), (2, 1), (2, 2), (2, 3)):
+        output = tmp_path / f"{n_workers}-{stage}"
+        summary = run(corpus, output, n_workers=n_workers, zero_stage=stage, ema_decay=0.9)
+        got = [record["loss"] for record in read_metrics(str(output))]
+        reference = reference or got
+        assert got == pytest.approx(reference, rel=1e-5)
+        loaded = exported(corpus, output, summary)
+        assert loaded == pytest.approx(reference[-3], rel=1e-5)  # the last validation, left to right
+
+
+def exported(corpus: str, output: Path, summary: dict[str, Any]) -> float:
+    """Held-out loss of the exported model, by the export stage; it compares with training's by itself."""
+    (output / "manifest.json").write_text(json.dumps(summary))
+    inputs = {"corpus": corpus, "train": str(output)}
+    return export.run(export.ExportConfig(), inputs, str(output / "export"))["validation_nats_per_token"]
+
+
+def test_export_without_averaging(corpus: str, tmp_path: Path) -> None:
+    summary = run(corpus, tmp_path, n_workers=2, zero_stage=3, steps=2, strided_steps=0)
+    assert exported(corpus, tmp_path, summary) == pytest.approx(summary["final"]["validation_nats_per_token"], rel=1e-5)
+
+
+def test_export_refuses_a_model_that_is_not_the_trained_one(corpus: str, uninterrupted: Path, tmp_path: Path) -> None:
+    summary = run(corpus, uninterrupted, ema_decay=0.9)
+    summary["final"]["validation_nats_per_token"] += 0.01
+    with pytest.raises(UserError, match="training reported"):
+        exported(corpus, uninterrupted, summary)
+    assert not (uninterrupted / "export" / "manifest.json").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(corpus: str, tmp_path: Path) -> None:
+    error = run(corpus, tmp_path, learning_rate=1e30, clip=0.0, warmup_steps=0, checkpoint_every=1)
+    assert isinstance(error, UserError)
+    assert "learning rate" in error.what
+    assert "--train.learning-rate" in error.fix
+    found = checkpoint.newest(str(tmp_path / "checkpoints"))
+    if found is not None:
+        for entry in found[1]["files"]:
+            state = torch.load(Path(found[0], entry["path"]), weights_only=False)
+            for tensor in state.get("module", {}).values():
+                assert torch.isfinite(tensor).all()
+
+
+def test_another_corpus_is_refused(corpus: str, uninterrupted: Path, tmp_path: Path) -> None:
+    other = make_corpus(tmp_path, n_documents=170, seed=1)
+    error = run(other, uninterrupted, ema_decay=0.9)
+    assert isinstance(error, UserError)
+    assert "another corpus" in error.what
+
+
+def test_a_tokenizer_that_is_not_the_corpuss_is_refused(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder, seed in ((one, 0), (other, 1)):
+        folder.mkdir()
+        make_corpus(folder, n_documents=150 + 20 * seed, seed=seed)
+    text = (other / "tokenizer.json").read_text().replace('"the"', '"teh"')
+    (one / "tokenizer.json").write_text(text)
+    error = run(str(one), tmp_path / "out", steps=1, strided_steps=0)
+    assert isinstance(error, UserError)
+    assert "tokenizer" in error.what
