@@ -100,4 +100,3 @@ def held_out_loss(model: armd.ARMD, windows: WindowIndex, most: int, batch_size:
         rows = [torch.from_numpy(windows[i]) for i in range(first, min(n, first + batch_size))]
         total -= float(armd.score(model, torch.stack(rows), order).double().sum())
     return total / (n * windows.sequence_length)
-

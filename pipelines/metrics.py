@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 from pipelines import storage
 
@@ -23,6 +23,7 @@ class MetricsLog:
         text = "".join(line + "\n" for line in kept)
         storage.write_text(uri, text)
         # Kept open for the length of the run.
+        self._file: IO[str]
         if storage.is_local(uri):
             self._file = open(storage.absolute(uri), "a", encoding="utf-8")  # noqa: SIM115
         else:

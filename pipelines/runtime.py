@@ -12,6 +12,7 @@ from pipelines.errors import UserError
 # Settings that every process of the cluster must agree on, driver and workers alike; all are no-ops on a remote cluster
 # whose nodes set their own.
 WORKER_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # without it the dashboard's Train tab stays empty

@@ -21,9 +21,7 @@ from pipelines.progress import Progress, silent
 from pipelines.train_config import TrainConfig
 
 
-def run(
-    config: TrainConfig, inputs: Mapping[str, str], output_dir: str, progress: Progress = silent
-) -> dict[str, Any]:
+def run(config: TrainConfig, inputs: Mapping[str, str], output_dir: str, progress: Progress = silent) -> dict[str, Any]:
     """Train on the corpus `inputs["corpus"]`; the manifest says what came of it.
 
     Raises:

@@ -1,0 +1,1 @@
+"""Benchmarks: what is measured is what users run, beside something to compare it with, interleaved in one process."""

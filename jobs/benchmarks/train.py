@@ -1,0 +1,75 @@
+"""`armd bench train`: forward and backward under each kind of order, against the same products without a model."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from armd import ARCHITECTURES, ARMD, Order
+from armd.objective import nats, seeded
+from jobs import options
+from jobs.benchmarks.measure import finish, forward_products, interleaved, products_runner, spread
+
+COMMAND = "armd bench train"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBenchOptions:
+    """A training step (forward and backward, no optimiser) under each kind of order, and its bare matrix products."""
+
+    architecture: Literal["tiny", "small", "medium"] = "tiny"
+    """The model's shape."""
+    vocab_size: int = 2048
+    """Entries of the vocabulary."""
+    length: int = 256
+    """Tokens a sequence."""
+    batch: int = 8
+    """Sequences a step."""
+    rounds: int = 7
+    """Times each is measured, in turns."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of weights and activations."""
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to compute."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the benchmark and print its table and its line of JSON."""
+    chosen = options.parse(TrainBenchOptions(), arguments, command=COMMAND, description=TrainBenchOptions.__doc__ or "")
+    device, dtype = torch.device(chosen.device), getattr(torch, chosen.dtype)
+    config = ARCHITECTURES[chosen.architecture].model_config(chosen.vocab_size, chosen.length)
+    model = ARMD(config, generator=seeded("bench")).to(device, dtype)
+    tokens = torch.randint(chosen.vocab_size, (chosen.batch, chosen.length), generator=seeded("tokens")).to(device)
+    shuffled = [Order.progressive(chosen.length, 8, generator=seeded(row)) for row in range(chosen.batch)]
+    orders = {
+        "left-to-right": Order.left_to_right(chosen.length).to(device),
+        "progressive": Order.stack(shuffled).to(device),
+        "strided S=4": Order.strided(chosen.length, 4).to(device),
+    }
+    rows = chosen.batch * chosen.length
+    forward = forward_products(config, rows, rows, rows)
+    # The backward pass multiplies twice: for the inputs and for the weights.
+    backward = [(m, n, k) for m, k, n in forward] + [(k, m, n) for m, k, n in forward]
+    contestants: dict[str, Callable[[], object]] = {name: _step(model, tokens, order) for name, order in orders.items()}
+    contestants["bare products"] = products_runner(forward + backward, device, dtype)
+    seconds = interleaved(contestants, chosen.rounds, device)
+    flops = 3 * sum(2 * m * k * n for m, k, n in forward)
+    floor = spread(seconds["bare products"])["median"]
+    result = {}
+    print(f"{chosen.architecture}, {chosen.batch} x {chosen.length} tokens, {chosen.dtype}, n = {chosen.rounds}")
+    print(f"{'':16}{'ms a step':>12}{'tokens/s':>12}{'GFLOP/s':>10}{'to products':>13}")
+    for name, values in seconds.items():
+        median = spread(values)["median"]
+        result[name] = {"seconds": spread(values), "tokens_per_second": rows / median, "to_products": median / floor}
+        print(f"{name:16}{median * 1e3:12.1f}{rows / median:12,.0f}{flops / median / 1e9:10.1f}{median / floor:13.2f}")
+    finish({"bench": "train", **chosen.__dict__, "product_flops": flops, "contestants": result}, device)
+
+
+def _step(model: ARMD, tokens: torch.Tensor, order: Order) -> Callable[[], object]:
+    def run() -> None:
+        total, count = nats(model, tokens, order)
+        (total / count).backward()
+        model.zero_grad()
+
+    return run
