@@ -1,20 +1,34 @@
-"""ARMD, the auto-regressive masked diffusion model: trains like an autoregressive model, writes many tokens at once."""
+"""ARMD, the auto-regressive masked diffusion model: trains like an autoregressive model, writes many tokens at once.
 
-from importlib import metadata
+Names are imported when they are first used (PEP 562): a process that only tokenizes does not wait for torch.
+"""
 
-from armd.config import ARCHITECTURES, Architecture, ModelConfig
-from armd.engine import Completion, Engine, Event, Written, generate, infill
-from armd.likelihood import bits_per_byte, perplexity, score
-from armd.model import ARMD
-from armd.order import Order
-from armd.sampling import SamplingParams
-from armd.tokenizer import Tokenizer
-from armd.weights import load, save
+import importlib
+from typing import TYPE_CHECKING, Any
 
-try:
-    __version__ = metadata.version("armd")
-except metadata.PackageNotFoundError:  # run from a source tree that was not installed
-    __version__ = "0+source"
+if TYPE_CHECKING:
+    from armd.config import ARCHITECTURES, Architecture, ModelConfig
+    from armd.engine import Completion, Engine, Event, Written, generate, infill
+    from armd.likelihood import bits_per_byte, perplexity, score
+    from armd.model import ARMD
+    from armd.order import Order
+    from armd.sampling import SamplingParams
+    from armd.tokenizer import Tokenizer
+    from armd.weights import load, save
+
+    __version__: str
+
+_MODULES = {
+    "config": ("ARCHITECTURES", "Architecture", "ModelConfig"),
+    "engine": ("Completion", "Engine", "Event", "Written", "generate", "infill"),
+    "likelihood": ("bits_per_byte", "perplexity", "score"),
+    "model": ("ARMD",),
+    "order": ("Order",),
+    "sampling": ("SamplingParams",),
+    "tokenizer": ("Tokenizer",),
+    "weights": ("load", "save"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "ARCHITECTURES",
@@ -36,3 +50,26 @@ __all__ = [
     "save",
     "score",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'armd' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"armd.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("armd")
+    except metadata.PackageNotFoundError:  # run from a source tree that was not installed
+        return "0+source"

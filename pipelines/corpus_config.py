@@ -1,0 +1,50 @@
+"""What a corpus is made of and how it is cut. Imports nothing heavy."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """Documents from `sources`, tokenised, some of them held out, packed into one stream of tokens a split.
+
+    Raises:
+        ValueError: naming the field and the value that does not fit.
+    """
+
+    sources: tuple[str, ...] = ("python-docs",)
+    """Files (.txt .md .jsonl .parquet, plain or .gz/.zst), folders, globs, URIs; python-docs: Python's own docs."""
+    tokenizer: str | None = None
+    """Tokenizer to use: a tokenizer.json, or a folder with one or with GPT-2's or BERT's files; None: train a BPE."""
+    vocab_size: int = 2048
+    """Entries of a trained tokenizer, at most; a given one has its own."""
+    sequence_length: int = 256
+    """Tokens a training window."""
+    validation_fraction: float = 0.05
+    """Share of the documents held out, chosen by a hash of their text."""
+    text_field: str = "text"
+    """Field of .jsonl and column of .parquet that holds the document."""
+    max_quarantined: float = 0.001
+    """Share of the records that may be unreadable before the stage stops."""
+    unit_bytes: int = 64_000_000
+    """Input files are taken together to this many bytes, at most; each such unit of work makes one shard a split."""
+    tokenizer_sample_bytes: int = 16_000_000
+    """Bytes of training text, at most, that a tokenizer is trained on."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sources, str) or not self.sources or not all(self.sources):
+            raise ValueError(f"sources must be one or more files, folders or URIs, not {self.sources!r}")
+        if self.tokenizer == "":
+            raise ValueError("tokenizer must be a path, or None to train one, not ''")
+        if self.vocab_size < 257:
+            raise ValueError(f"vocab_size must be at least 257 (256 bytes and the end of text), not {self.vocab_size}")
+        if self.sequence_length < 2:
+            raise ValueError(f"sequence_length must be at least 2, not {self.sequence_length}")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction must be more than 0 and less than 1, not {self.validation_fraction}")
+        if not 0 <= self.max_quarantined <= 1:
+            raise ValueError(f"max_quarantined must be between 0 and 1, not {self.max_quarantined}")
+        if not self.text_field:
+            raise ValueError("text_field must name a field, not ''")
+        for name in ("unit_bytes", "tokenizer_sample_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -1,0 +1,157 @@
+"""What a corpus is made from, before anything is read: the input files, in a fixed order, and the units of work."""
+
+import json
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipelines import python_docs, storage
+from pipelines.errors import UserError
+
+PYTHON_DOCS = "python-docs"
+FORMATS = ("txt", "md", "jsonl", "parquet")
+COMPRESSIONS = ("gz", "zst")
+_SMALLEST_UNIT = 1_000_000  # bytes
+_FEWEST_UNITS = 16  # of a corpus that is large enough
+_ENDINGS = "." + ", .".join(FORMATS) + ", each plain or with ." + " or .".join(COMPRESSIONS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputFile:
+    """One file of documents."""
+
+    uri: str
+    """Where it is: an absolute path, a full URI, or python-docs:PATH."""
+    format: str
+    """python-docs, or one of `FORMATS`."""
+    compression: str
+    """"" or one of `COMPRESSIONS`."""
+    size: int
+    """Bytes."""
+    version: str
+    """Changes when the content does."""
+
+
+def input_files(sources: Iterable[str]) -> list[InputFile]:
+    """All files of the sources, each once, in the order of the sources and by name within one.
+
+    Raises:
+        UserError: a source does not exist, cannot be read, matches nothing usable, or holds only empty files.
+    """
+    found: dict[str, InputFile] = {}
+    for source in sources:
+        files = _python_docs() if source == PYTHON_DOCS else _stored(source)
+        if not any(file.size for file in files):
+            raise UserError(
+                storage.redacted(f"the source {source} holds no text: every file is empty"),
+                "name a file or folder with text in --corpus.sources",
+            )
+        for file in files:
+            found.setdefault(file.uri, file)
+    return list(found.values())
+
+
+def fingerprint(sources: Iterable[str]) -> list[dict[str, Any]]:
+    """What each source holds right now, JSON-able: changes when a file is added, removed or changed; reads no file.
+
+    Raises:
+        UserError: as `input_files`.
+    """
+    result = []
+    for source in sources:
+        files = input_files([source])
+        listing = json.dumps([asdict(file) for file in files], sort_keys=True)
+        total = sum(file.size for file in files)
+        digest = storage.sha256_bytes(listing.encode())
+        result.append(
+            {"source": storage.redacted(source), "files": len(files), "bytes": total, "listing_sha256": digest}
+        )
+    return result
+
+
+def work_units(files: Sequence[InputFile], unit_bytes: int) -> list[tuple[InputFile, ...]]:
+    """The files, in order, in groups of at most `unit_bytes` bytes; a larger file is a group of its own.
+
+    A small corpus makes smaller groups, so that there is work for several processes; how many there are does not
+    matter, or the shards would depend on the machine.
+    """
+    total = sum(file.size for file in files)
+    unit_bytes = min(unit_bytes, max(_SMALLEST_UNIT, total // _FEWEST_UNITS))
+    units: list[list[InputFile]] = []
+    filled = 0
+    for file in files:
+        if not units or filled + file.size > unit_bytes:
+            units.append([])
+            filled = 0
+        units[-1].append(file)
+        filled += file.size
+    return [tuple(unit) for unit in units]
+
+
+def _python_docs() -> list[InputFile]:
+    files = [
+        InputFile(
+            uri=f"{PYTHON_DOCS}:{path}",
+            format=PYTHON_DOCS,
+            compression="",
+            size=size,
+            version=platform.python_version(),
+        )
+        for path, size in python_docs.source_files()
+    ]
+    if not files:
+        raise UserError(
+            f"this Python comes without the sources of its standard library ({python_docs.library_folder()})",
+            "use another Python, or name your own text in --corpus.sources",
+        )
+    return files
+
+
+def _stored(source: str) -> list[InputFile]:
+    """The files of a path or URI: a file, a folder, or a glob."""
+    is_pattern = any(character in source for character in "*?[")
+    try:
+        if storage.exists(source) or not is_pattern:
+            entries = storage.find(source)
+        else:
+            entries = storage.glob(source)
+    except UserError:
+        raise
+    except Exception as error:  # every object store has exceptions of its own
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise UserError(
+            storage.redacted(f"the source {source} cannot be read: {reason}"),
+            "check the name, the credentials and, for other stores than AWS, AWS_ENDPOINT_URL",
+        ) from None
+    files = [_input_file(entry) for entry in entries]
+    usable = [file for file in files if file is not None]
+    if not usable:
+        raise _nothing(source, is_pattern, len(entries))
+    return usable
+
+
+def _nothing(source: str, is_pattern: bool, n_others: int) -> UserError:
+    """The error for a source without a single usable file."""
+    if n_others:
+        what = f"the source {source} has no file of a kind that can be read"
+        return UserError(storage.redacted(what), f"use files that end in {_ENDINGS}")
+    if is_pattern:
+        return UserError(
+            storage.redacted(f"the source {source} matches no file"), "check the pattern; quote it in a shell"
+        )
+    if storage.is_local(source) and storage.isdir(source):
+        return UserError(
+            f"the source {source} is an empty folder", "name a file or folder with text in --corpus.sources"
+        )
+    return UserError(storage.redacted(f"the source {source} does not exist"), "check the name in --corpus.sources")
+
+
+def _input_file(entry: storage.Entry) -> InputFile | None:
+    """The file with its format by its name's ending, None where the ending is none that can be read."""
+    name = entry.uri.rsplit("/", 1)[-1].lower()
+    compression = next((kind for kind in COMPRESSIONS if name.endswith("." + kind)), "")
+    kind = name.removesuffix("." + compression).rsplit(".", 1)[-1] if "." in name else ""
+    if kind not in FORMATS:
+        return None
+    return InputFile(uri=entry.uri, format=kind, compression=compression, size=entry.size, version=entry.version)

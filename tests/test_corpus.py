@@ -1,0 +1,382 @@
+"""pipelines.corpus: the whole stage, in process and on Ray; restarts, counts, bad input, an object store."""
+
+import json
+import math
+import os
+import random
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from armd.tokenizer import Tokenizer
+from pipelines import corpus, corpus_tokenizer, shards, storage
+from pipelines.corpus_config import CorpusConfig
+from pipelines.errors import UserError
+from pipelines.manifest import verify_files
+from pipelines.windows import WindowIndex
+
+Files = dict[str, bytes]
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units one after the other in this process, in an arbitrary order, as Ray may finish them."""
+
+    def each_unit(units: list, settings: shards.UnitSettings) -> Iterator[tuple[int, dict]]:
+        order = list(range(len(units)))
+        random.Random(len(units)).shuffle(order)
+        for index in order:
+            yield index, json.loads(json.dumps(shards.make_unit(units[index], settings)))
+
+    monkeypatch.setattr(corpus, "each_unit", each_unit)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    """Some hundred documents in ten files."""
+    generator = random.Random(0)
+    words = ["".join(generator.choices("etaoinshr", k=generator.randint(2, 7))) for _ in range(200)]
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for number in range(10):
+        texts = [" ".join(generator.choices(words, k=60)) for _ in range(20)]
+        (folder / f"{number}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(folder)
+
+
+def small(source: str, **changes: object) -> CorpusConfig:
+    values: dict = {"sources": (source,), "vocab_size": 400, "sequence_length": 32, "validation_fraction": 0.2}
+    return CorpusConfig(**{**values, "unit_bytes": 20_000, **changes})
+
+
+def content(folder: Path) -> Files:
+    """Every file below `folder` but the manifest, which says when it was made."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def timeless(manifest: dict) -> dict:
+    return {name: value for name, value in manifest.items() if name not in ("started", "seconds")}
+
+
+def documents_of(source: str) -> list[str]:
+    lines = [line for path in sorted(Path(source).iterdir()) for line in path.read_text().splitlines()]
+    return [json.loads(line)["text"] for line in lines]
+
+
+class Recorder:
+    """A progress that remembers."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[float, float | None, str, str]] = []
+
+    def update(self, done: float, total: float | None, unit: str, note: str = "") -> None:
+        self.calls.append((done, total, unit, note))
+
+
+def test_corpus_holds_every_document_once(tmp_path: Path, source: str, in_process: None) -> None:
+    progress = Recorder()
+    manifest = corpus.run(small(source), {}, str(tmp_path / "out"), progress)
+    assert manifest["documents"] == {"read": 200, "used": 200, "empty": 0, "quarantined": 0}
+    assert (manifest["stage"], manifest["sequence_length"], manifest["dtype"]) == ("corpus", 32, "uint16")
+    assert (tmp_path / "out" / "quarantine.jsonl").read_bytes() == b""
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    assert tokenizer.sha256 == manifest["tokenizer_sha256"]
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (manifest["vocab_size"], manifest["eos_id"])
+    for split, held_out in (("train", False), ("validation", True)):
+        part = manifest["splits"][split]
+        verify_files(str(tmp_path / "out"), part["shards"])
+        assert len(part["shards"]) > 3
+        stream = np.concatenate([np.load(tmp_path / "out" / shard["path"]) for shard in part["shards"]])
+        pieces = tokenizer.decode(stream.tolist()).split(tokenizer.eos_token)
+        expected = [text for text in documents_of(source) if shards.is_held_out(text, 0.2) == held_out]
+        assert pieces == [*expected, ""]
+        assert (part["documents"], part["tokens"]) == (len(expected), len(stream))
+        assert part["bytes"] == sum(len(text) for text in expected)
+        index = WindowIndex(str(tmp_path / "out"), split)
+        assert len(index) == len(stream) // 32
+        assert index[len(index) - 1].tolist() == stream[32 * (len(index) - 1) : 32 * len(index)].tolist()
+    done, total, unit, note = progress.calls[-1]
+    assert done == pytest.approx(total)
+    assert unit == "MB"
+    assert "200 documents" in note
+    assert [call[0] for call in progress.calls] == sorted(call[0] for call in progress.calls)
+
+
+def test_unigram_baseline(tmp_path: Path, source: str, in_process: None) -> None:
+    manifest = corpus.run(small(source), {}, str(tmp_path / "out"))
+    streams = {}
+    for split, part in manifest["splits"].items():
+        streams[split] = np.concatenate(
+            [np.load(tmp_path / "out" / shard["path"]) for shard in part["shards"]]
+        ).tolist()
+    counts = Counter(streams["train"])
+    total = len(streams["train"]) + manifest["vocab_size"]
+    nats = [-math.log((counts[token] + 1) / total) for token in streams["validation"]]
+    assert manifest["unigram"]["validation_nats_per_token"] == pytest.approx(sum(nats) / len(nats), rel=1e-12)
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == manifest
+
+
+def test_second_run_reads_nothing_again(
+    tmp_path: Path, source: str, in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = corpus.run(small(source), {}, str(tmp_path / "out"))
+    monkeypatch.setattr(corpus, "each_unit", None)
+    assert corpus.run(small(source), {}, str(tmp_path / "out")) == first
+
+
+def test_killed_run_is_continued_and_gives_the_same_files(
+    tmp_path: Path, source: str, in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = timeless(corpus.run(small(source), {}, str(tmp_path / "whole")))
+    out = tmp_path / "out"
+    make_unit, train = shards.make_unit, Tokenizer.train
+    made: list[int] = []
+
+    def killed(*arguments: object) -> dict:
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(1)
+        return make_unit(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shards, "make_unit", killed)
+    with pytest.raises(KeyboardInterrupt):
+        corpus.run(small(source), {}, str(out))
+    assert not (out / "manifest.json").exists()
+    (out / "shards" / ".armd-1-x.tmp").write_text("half a shard")
+    (out / "shards" / "train-000.npy").write_text("of another run")
+    monkeypatch.setattr(shards, "make_unit", make_unit)
+    written: list[int] = []
+    write = shards._write_shards
+    monkeypatch.setattr(shards, "_write_shards", lambda *arguments: written.append(1) or write(*arguments))
+    monkeypatch.setattr(Tokenizer, "train", None)
+    assert timeless(corpus.run(small(source), {}, str(out))) == whole
+    monkeypatch.setattr(Tokenizer, "train", train)
+    assert content(out) == content(tmp_path / "whole")
+    assert len(written) == len(list((out / "units").iterdir())) - 1 - 3
+
+
+@pytest.mark.parametrize("content_", [b"{torn", b"{}"])
+def test_half_written_tokenizer_is_trained_again(
+    tmp_path: Path, source: str, in_process: None, content_: bytes
+) -> None:
+    expected = corpus.run(small(source), {}, str(tmp_path / "whole"))["tokenizer_sha256"]
+    (tmp_path / "out" / "units").mkdir(parents=True)
+    (tmp_path / "out" / "tokenizer.json").write_bytes(content_)
+    (tmp_path / "out" / "units" / "tokenizer.json").write_bytes(content_)
+    assert corpus.run(small(source), {}, str(tmp_path / "out"))["tokenizer_sha256"] == expected
+
+
+def test_tokenizer_of_other_settings_is_not_taken_over(tmp_path: Path, source: str, in_process: None) -> None:
+    expected = corpus.run(small(source), {}, str(tmp_path / "whole"))["tokenizer_sha256"]
+    out = tmp_path / "out"
+    corpus.run(small(source, vocab_size=300), {}, str(out))
+    (out / "manifest.json").unlink()
+    assert corpus.run(small(source), {}, str(out))["tokenizer_sha256"] == expected
+
+
+def test_changed_source_or_setting_is_noticed(tmp_path: Path, source: str, in_process: None) -> None:
+    out = tmp_path / "out"
+    first = corpus.run(small(source), {}, str(out))
+    longer = corpus.run(small(source, sequence_length=48), {}, str(out))
+    assert (first["sequence_length"], longer["sequence_length"]) == (32, 48)
+    assert first["splits"] == longer["splits"]
+    Path(source, "99.jsonl").write_text('{"text": "one more document"}\n')
+    more = corpus.run(small(source), {}, str(out))
+    assert more["documents"]["used"] == 201
+    listed = {shard["path"] for part in more["splits"].values() for shard in part["shards"]}
+    assert {f"shards/{name}" for name in os.listdir(out / "shards")} == listed
+
+
+def test_quarantine_is_written_and_counted(tmp_path: Path, source: str, in_process: None) -> None:
+    bad = Path(source, "5.jsonl")
+    bad.write_bytes(bad.read_bytes() + b'{"text": "torn\n{"text": ""}\n{"other": 1}\n')
+    manifest = corpus.run(small(source, max_quarantined=0.01), {}, str(tmp_path / "out"))
+    assert manifest["documents"] == {"read": 203, "used": 200, "empty": 1, "quarantined": 2}
+    lines = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    assert [(entry["source"], entry["line"]) for entry in map(json.loads, lines)] == [(str(bad), 21), (str(bad), 23)]
+    assert all(entry["reason"] for entry in map(json.loads, lines))
+    with pytest.raises(
+        UserError, match=r"2 of 203 records .* max_quarantined = 0\.009 .*5\.jsonl \(2, the first: line 21: not JSON"
+    ):
+        corpus.run(small(source, max_quarantined=0.009), {}, str(tmp_path / "strict"))
+    assert not (tmp_path / "strict" / "manifest.json").exists()
+    assert (tmp_path / "strict" / "quarantine.jsonl").read_text().count("\n") == 2
+
+
+BAD: list[tuple[str, Files, dict, str, str]] = [
+    ("missing", {}, {}, "does not exist", "--corpus.sources"),
+    ("blank", {"x.txt": b" \n\t"}, {}, "hold no text", "--corpus.sources"),
+    ("blank-given", {"x.txt": b" \n\t"}, {"tokenizer": "given"}, "hold no text", "--corpus.sources"),
+    ("field", {"x.jsonl": b'{"body": "words"}\n' * 9}, {}, "x.jsonl, line 1: no field 'text'", "--corpus.text-field"),
+    ("field-given", {"x.jsonl": b'{"body": "w"}\n' * 9}, {"tokenizer": "given"}, "9 of 9 records", "--corpus.max-quar"),
+    ("short", {f"{n}.txt": b"some words" for n in range(9)}, {}, "train split has 0|held out", "validation-fraction"),
+    ("one", {"x.txt": b"many words " * 500}, {}, "validation split has 0 tokens|is held out", "validation-fraction"),
+    ("big5", {"x.txt": b"\xa4\xa4"}, {}, "x.txt: not UTF-8", "mend the sources"),
+    ("few", {f"{n}.txt": b"word %d" % n for n in range(40)}, {"sequence_length": 4096}, "4096", "--corpus.sequence-l"),
+    ("tokenizer", {"x.txt": b"text"}, {"tokenizer": "nowhere"}, "nowhere", "tokenizer.json"),
+]
+
+
+@pytest.mark.parametrize(("files", "changes", "what", "fix"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+def test_bad_input_is_a_user_error(
+    tmp_path: Path, in_process: None, files: Files, changes: dict, what: str, fix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Tokenizer.train(["some text"] * 9, 270).save(tmp_path / "given" / "tokenizer.json")
+    for name, data in files.items():
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(data)
+    with pytest.raises(UserError, match=what) as error:
+        corpus.run(small(str(tmp_path / "in"), **changes), {}, str(tmp_path / "out"))
+    assert fix in error.value.fix
+    assert "\n" not in error.value.what + error.value.fix
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_given_tokenizer_is_used_and_is_part_of_the_fingerprint(tmp_path: Path, source: str, in_process: None) -> None:
+    given = tmp_path / "given" / "tokenizer.json"
+    Tokenizer.train(documents_of(source), 300).save(given)
+    config = small(source, tokenizer=str(given.parent))
+    manifest = corpus.run(config, {}, str(tmp_path / "out"))
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == given.read_bytes()
+    assert manifest["vocab_size"] == 300
+    before = corpus.fingerprint(config)
+    assert json.loads(json.dumps(before)) == before == corpus.fingerprint(config)
+    Tokenizer.train(documents_of(source), 310).save(given)
+    assert corpus.fingerprint(config) != before
+    assert corpus.run(config, {}, str(tmp_path / "out"))["vocab_size"] == 310
+
+
+def test_tokenizer_from_an_object_store(source: str, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.train(documents_of(source), 300)
+    storage.write_text("memory://tokenizer-test/deep/tokenizer.json", tokenizer.to_json())
+    try:
+        for uri in ("memory://tokenizer-test/deep", "memory://tokenizer-test/deep/tokenizer.json"):
+            assert corpus_tokenizer.given_tokenizer(uri).sha256 == tokenizer.sha256
+        with pytest.raises(UserError, match="nowhere"):
+            corpus_tokenizer.given_tokenizer("memory://tokenizer-test/nowhere.json")
+    finally:
+        storage.remove_tree("memory://tokenizer-test")
+
+
+def test_tokenizer_sample_is_bounded_spread_and_of_the_training_split(source: str) -> None:
+    from pipelines.sources import input_files, work_units
+
+    config = small(source, tokenizer_sample_bytes=4000)
+    units = work_units(input_files(config.sources), 1)
+    sample = corpus_tokenizer.training_sample(config, units)
+    assert 3000 < sum(map(len, sample)) <= 4000
+    places = set()
+    for text in sample:
+        (place,) = {n for n, document in enumerate(documents_of(source)) if document.startswith(text)}
+        assert not shards.is_held_out(documents_of(source)[place], 0.2)
+        places.add(place // 20)
+    assert places == set(range(10))
+
+
+def test_output_that_other_nodes_do_not_share_is_noticed(
+    tmp_path: Path, source: str, in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_unit = shards.make_unit
+
+    def elsewhere(*arguments: object) -> dict:
+        record = make_unit(*arguments)  # type: ignore[arg-type]
+        storage.remove_tree(str(tmp_path / "out" / record["splits"]["train"]["shards"][0]["path"]))
+        return record
+
+    monkeypatch.setattr(shards, "make_unit", elsewhere)
+    with pytest.raises(UserError, match="not the same folder on every node"):
+        corpus.run(small(source), {}, str(tmp_path / "out"))
+
+
+@pytest.mark.ray
+def test_ray_gives_the_same_files_and_passes_errors_on(
+    tmp_path: Path, source: str, ray_cluster: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    progress = Recorder()
+    manifest = corpus.run(small(source), {}, str(tmp_path / "ray"), progress)
+    assert progress.calls[-1][0] == pytest.approx(progress.calls[-1][1])
+    units = len(list((tmp_path / "ray" / "units").iterdir())) - 1
+    assert len(progress.calls) == units + 1
+    assert units > 3
+    printed = capfd.readouterr()
+    assert printed.out + printed.err == ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            corpus, "each_unit", lambda units, settings: enumerate(shards.make_unit(unit, settings) for unit in units)
+        )
+        assert timeless(corpus.run(small(source), {}, str(tmp_path / "alone"))) == timeless(manifest)
+    assert content(tmp_path / "ray") == content(tmp_path / "alone")
+    from pipelines.sources import InputFile
+
+    nowhere = InputFile(uri="nosuch://x/y.txt", format="txt", compression="", size=1, version="")
+    settings = shards.UnitSettings(
+        output_dir=str(tmp_path / "error"),
+        tokenizer_json=Tokenizer.load(tmp_path / "ray").to_json(),
+        text_field="text",
+        validation_fraction=0.5,
+    )
+    with pytest.raises(UserError, match="nosuch://x/y") as error:
+        list(corpus.each_unit([(nowhere,)], settings))
+    assert error.value.fix
+    printed = capfd.readouterr()
+    assert "Traceback" not in printed.out + printed.err
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An empty bucket of an S3 server on loopback."""
+    import boto3
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing-access-key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing-secret-key")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    s3fs.S3FileSystem.clear_instance_cache()  # an instance keeps the endpoint that it first saw
+    boto3.client("s3").create_bucket(Bucket="corpus-test")
+    yield "s3://corpus-test"
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+def test_object_store_in_and_out(tmp_path: Path, source: str, in_process: None, bucket: str) -> None:
+    import boto3
+
+    for path in sorted(Path(source).iterdir()):
+        storage.write_bytes(f"{bucket}/source/{path.name}", path.read_bytes())
+    assert corpus.fingerprint(small(f"{bucket}/source")) == corpus.fingerprint(small(f"{bucket}/source"))
+    out = f"{bucket}/runs/out"
+    storage.check_writable(out)
+    assert storage.list_names(bucket) == ["source"]
+    boto3.client("s3").put_object(Bucket="corpus-test", Key="by/another/process", Body=b"")
+    assert storage.list_names(bucket) == ["by", "source"]
+    manifest = corpus.run(small(f"{bucket}/source/*.jsonl"), {}, out)
+    local = corpus.run(small(source), {}, str(tmp_path / "local"))
+    assert manifest["splits"] == local["splits"]
+    assert storage.list_names(out) == ["manifest.json", "quarantine.jsonl", "shards", "tokenizer.json", "units"]
+    verify_files(out, manifest["splits"]["train"]["shards"])
+    index = WindowIndex(out, "train", str(tmp_path / "cache"))
+    expected = WindowIndex(str(tmp_path / "local"), "train")
+    assert index[7].tolist() == expected[7].tolist()
+    storage.remove_tree(f"{out}/manifest.json")
+    assert corpus.run(small(f"{bucket}/source/*.jsonl"), {}, out)["splits"] == local["splits"]
+    with pytest.raises(UserError, match="s3://corpus-test/nowhere does not exist"):
+        corpus.run(small(f"{bucket}/nowhere"), {}, out)
+    with pytest.raises(UserError, match="cannot write to s3://no-such-bucket/x") as error:
+        storage.check_writable("s3://no-such-bucket/x")
+    assert "testing-" not in str(error.value.args)
+
+
+def test_output_that_cannot_be_written_is_a_user_error(tmp_path: Path, source: str, in_process: None) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write to .*/file/out"):
+        corpus.run(small(source), {}, str(tmp_path / "file" / "out"))

@@ -1,0 +1,191 @@
+"""pipelines.records: every record is a document, empty, or reported with its line and the reason."""
+
+import gzip
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from pipelines import storage
+from pipelines.errors import UserError
+from pipelines.records import Record, read_records
+from pipelines.sources import InputFile, input_files
+
+ZSTD = zstandard.ZstdCompressor(write_checksum=True)
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": lambda data: gzip.compress(data[:5]) + gzip.compress(data[5:]),  # two members, as `cat a.gz b.gz` makes
+    ".zst": lambda data: ZSTD.compress(data[:5]) + ZSTD.compress(data[5:]),
+}
+
+
+def read(folder: Path, name: str, data: bytes, field: str = "text") -> list[Record]:
+    (folder / name).write_bytes(data)
+    (file,) = input_files([str(folder / name)])
+    return list(read_records(file, field))
+
+
+def parquet(table: pa.Table, **options: object) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, **options)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+@pytest.mark.parametrize("kind", ["txt", "md"])
+def test_text_file_is_one_document(tmp_path: Path, kind: str, ending: str) -> None:
+    data = b"\xef\xbb\xbfone\r\ntwo\n\n\r three\xc3\xa9"
+    assert read(tmp_path, f"x.{kind}{ending}", COMPRESS[ending](data)) == [
+        Record(line=0, text="one\ntwo\n\n\r three\u00e9")
+    ]
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_jsonl(tmp_path: Path, ending: str) -> None:
+    lines = [
+        b'\xef\xbb\xbf{"text": "first\\r\\nline"}\r',
+        b"",
+        b'{"text": ""}',
+        b'{"text": "torn',
+        b'{"other": 1}',
+        b'{"text": null}',
+        b'{"text": ["a"]}',
+        b'["text"]',
+        b'{"text": "bad \xff byte"}',
+        b'{"text": "\\ud800"}',
+        b'{"text": "nul \\u0000"}',
+        b"[" * 100_000,
+        b'{"text": "x", "n": ' + b"9" * 5000 + b"}",
+        '{"text": "line separators \u2028 \x85 stay"}'.encode(),
+        b'{"text": "no line end"}',
+    ]
+    records = read(tmp_path, f"x.jsonl{ending}", COMPRESS[ending](b"\n".join(lines)))
+    assert [(record.line, record.text) for record in records if not record.reason] == [
+        (1, "first\nline"),
+        (3, ""),
+        (14, "line separators \u2028 \x85 stay"),
+        (15, "no line end"),
+    ]
+    reasons = {record.line: record.reason for record in records if record.reason}
+    assert list(reasons) == [4, 5, 6, 7, 8, 9, 10, 11, 12, 13]
+    expected = ["not JSON", "no field 'text'", "NoneType", "list", "not a JSON object", "0xff", "surrogate", "NUL"]
+    for line, part in enumerate([*expected, "not JSON", "not JSON"], 4):
+        assert part in reasons[line], (line, reasons[line])
+    assert not any(record.text for record in records if record.reason)
+
+
+def test_other_field(tmp_path: Path) -> None:
+    assert read(tmp_path, "x.jsonl", b'{"body": "a", "text": 1}\n', "body") == [Record(line=1, text="a")]
+
+
+def test_lines_longer_than_a_chunk(tmp_path: Path) -> None:
+    texts = ["a" * 2_500_000, "b", "c" * 1_048_576]
+    data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    assert [record.text for record in read(tmp_path, "x.jsonl", data)] == texts
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_torn_archives_give_what_is_whole_and_one_report(tmp_path: Path, ending: str) -> None:
+    import random
+
+    generator = random.Random(0)
+    texts = ["".join(generator.choices("abcdefghij ", k=2000)) for _ in range(2000)]
+    data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    whole = COMPRESS[ending](data)
+    records = read(tmp_path, f"x.jsonl{ending}", whole[: len(whole) // 2])
+    assert records[-1].reason.startswith("damaged archive")
+    assert records[-1].line == len(records)
+    assert [record.text for record in records[:-1]] == texts[: len(records) - 1]
+    assert len(records) > 100
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 16
+    assert read(tmp_path, f"x.jsonl{ending}", bytes(flipped))[-1].reason
+    (only,) = read(tmp_path, f"x.txt{ending}", whole[: len(whole) // 2])
+    assert (only.line, only.text) == (0, "")
+    assert only.reason.startswith("damaged archive")
+    (only,) = read(tmp_path, f"x.txt{ending}", b"not an archive at all")
+    assert only.reason.startswith("damaged archive")
+
+
+def test_text_that_is_not_utf8(tmp_path: Path) -> None:
+    assert read(tmp_path, "x.txt", b"abc\xa4\xa4") == [Record(line=0, reason="not UTF-8: byte 0xa4 at 3")]
+    assert read(tmp_path, "x.txt", b"a\0b") == [Record(line=0, reason="holds a NUL character")]
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+@pytest.mark.parametrize("type_", ["string", "large_string", "string_view", "dictionary"])
+def test_parquet(tmp_path: Path, ending: str, type_: str) -> None:
+    column = pa.array(["a\r\nb", None, "", "c\0", "d"])
+    if type_ == "dictionary":
+        column = column.dictionary_encode()
+    elif type_ != "string":
+        column = column.cast(getattr(pa, type_)())
+    table = pa.table({"other": [1, 2, 3, 4, 5], "text": column})
+    records = read(tmp_path, f"x.parquet{ending}", COMPRESS[ending](parquet(table, row_group_size=2)))
+    assert [(record.line, record.text) for record in records if not record.reason] == [(1, "a\nb"), (3, ""), (5, "d")]
+    assert [(record.line, record.reason) for record in records if record.reason] == [
+        (2, "column 'text' is not text but NoneType"),
+        (4, "holds a NUL character"),
+    ]
+
+
+def test_parquet_with_bytes_that_are_not_utf8(tmp_path: Path) -> None:
+    column = pa.array([b"good", b"\xff", b"also good"]).view(pa.string())
+    records = read(tmp_path, "x.parquet", parquet(pa.table({"text": column}), store_schema=False))
+    assert [record.text for record in records] == ["good", "", "also good"]
+    assert records[1].reason == "not UTF-8: byte 0xff at 0"
+
+
+def test_parquet_without_the_column_or_of_another_type(tmp_path: Path) -> None:
+    data = parquet(pa.table({"body": ["a", "b"], "n": [1, 2]}))
+    assert read(tmp_path, "x.parquet", data) == [Record(line=row, reason="no column 'text'") for row in (1, 2)]
+    assert [record.reason for record in read(tmp_path, "x.parquet", data, "n")] == [
+        "column 'n' is not text but int"
+    ] * 2
+
+
+def test_damaged_parquet(tmp_path: Path) -> None:
+    texts = [f"document {number} " * 20 for number in range(3000)]
+    data = parquet(
+        pa.table({"text": texts}),
+        row_group_size=1000,
+        use_dictionary=False,
+        write_page_checksum=True,
+        compression="none",
+    )
+    (only,) = read(tmp_path, "x.parquet", data[: len(data) // 2])
+    assert (only.line, only.reason[:14]) == (0, "not a Parquet ")
+    at = data.index(b"document 1500 ")
+    flipped = bytearray(data)
+    flipped[at] ^= 1
+    records = read(tmp_path, "x.parquet", bytes(flipped))
+    assert [record.line for record in records] == list(range(1, 3001))
+    bad = [record.line for record in records if record.reason]
+    assert 1501 in bad
+    assert 1001 <= bad[0] <= bad[-1] == 2000
+    assert all(record.text == texts[record.line - 1] for record in records if not record.reason)
+
+
+def test_file_that_vanished_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("text")
+    (file,) = input_files([str(tmp_path / "x.txt")])
+    (tmp_path / "x.txt").unlink()
+    assert list(read_records(file, "text")) == [Record(line=0, reason="cannot be opened: No such file or directory")]
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.txt.gz", "x.jsonl.zst", "x.parquet"])
+def test_a_failing_disk_is_not_a_bad_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    class Failing(io.BytesIO):
+        def read(self, *_: object) -> bytes:
+            raise OSError("Input/output error")
+
+    monkeypatch.setattr(storage, "open_read", lambda uri: Failing(b"x" * 1000))
+    kind, _, compression = name.removeprefix("x.").partition(".")
+    file = InputFile(uri=str(tmp_path / name), format=kind, compression=compression, size=1000, version="")
+    with pytest.raises(UserError, match=f"reading .*{name} failed: Input/output error"):
+        list(read_records(file, "text"))
