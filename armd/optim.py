@@ -32,7 +32,7 @@ def learning_rate(
     schedule: Literal["cosine", "constant"],
     min_ratio: float,
 ) -> float:
-    """The learning rate of `step`, counted from 0: linear warm-up, then constant or a cosine down to min_ratio * peak."""
+    """The learning rate of `step`, counted from 0: linear warm-up, then constant or a cosine to min_ratio * peak."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     if schedule == "constant":
