@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines import runtime, storage
-from pipelines.errors import UserError, user_error_in
+from pipelines.errors import UserError
 from pipelines.manifest import read_manifest, write_manifest
 from pipelines.progress import Progress, silent
 
@@ -81,10 +81,7 @@ def run(
     started = time.time()
     storage.make_dir(output_dir)
     inputs = {name: inputs[name] for name in ("corpus", "export")}
-    if runtime.on_cluster() and _cluster_gpus() > 0:
-        body = _evaluate_on_gpu(config, inputs, progress)
-    else:
-        body = evaluate(config, inputs, progress)
+    body = runtime.near_a_gpu(evaluate, config, inputs, progress=progress)
     storage.write_json(storage.join(output_dir, NAME), body)
     return write_manifest(output_dir, "evaluate", body, started)
 
@@ -294,23 +291,3 @@ def _model_folder(export_dir: str, cache: str) -> Iterator[str]:
             os.replace(storage.fetch_file(storage.join(export_dir, name), cache), os.path.join(folder, name))
         yield folder
 
-
-def _cluster_gpus() -> float:
-    runtime.connect()
-    import ray
-
-    return float(ray.cluster_resources().get("GPU", 0))
-
-
-def _evaluate_on_gpu(config: EvaluateConfig, inputs: Mapping[str, str], progress: Progress) -> dict[str, Any]:
-    """`evaluate` as one task on a GPU of the cluster, since the driver's machine may have none."""
-    import ray
-
-    task = ray.remote(num_gpus=1, max_retries=1)(evaluate)
-    result = task.remote(config, dict(inputs))
-    while not ray.wait([result], timeout=2.0)[0]:
-        progress.update(0, None, "tokens", "on a GPU worker")
-    try:
-        return ray.get(result)
-    except ray.exceptions.RayTaskError as error:
-        raise (user_error_in(error) or error) from None

@@ -13,7 +13,7 @@ import torch
 import armd
 from armd.config import Architecture
 from armd.tokenizer import Tokenizer
-from pipelines import checkpoint, ema, storage
+from pipelines import checkpoint, ema, runtime, storage
 from pipelines.errors import UserError
 from pipelines.manifest import read_manifest, write_manifest
 from pipelines.progress import Progress, silent
@@ -41,6 +41,12 @@ def run(
         UserError: the checkpoint does not verify, or the exported model's loss is not the one that training reported.
     """
     started = time.time()
+    body = runtime.near_a_gpu(export, config, inputs, output_dir, progress=progress)
+    return write_manifest(output_dir, "export", body, started)
+
+
+def export(config: ExportConfig, inputs: Mapping[str, str], output_dir: str, progress: Progress) -> dict[str, Any]:
+    """The export itself, in this process and on its best device; the body of the manifest."""
     trained = read_manifest(inputs["train"])
     path = storage.join(inputs["train"], trained["checkpoint"])
     with tempfile.TemporaryDirectory(prefix="armd-export-") as scratch:
@@ -49,6 +55,7 @@ def run(
         progress.update(1, 4, "steps", "checkpoint verified")
         model = load_checkpoint(tokenizer, path, about, scratch)
         progress.update(2, 4, "steps", "weights gathered")
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         validation = WindowIndex(inputs["corpus"], "validation")
         loss = held_out_loss(model, validation, about["config"]["validation_windows"], config.batch_size)
         progress.update(3, 4, "steps", f"held-out loss {loss:.4f}")
@@ -63,7 +70,8 @@ def run(
         # SHA256SUMS last: on its own it promises the others.
         for name in ("config.json", "model.safetensors", "tokenizer.json", "SHA256SUMS"):
             storage.put_file(str(folder / name), storage.join(output_dir, name))
-    body = {
+    progress.update(4, 4, "steps", "saved")
+    return {
         "validation_nats_per_token": loss,
         "training_reported": reported,
         "parameters": trained["parameters"],
@@ -71,8 +79,6 @@ def run(
         "checkpoint": path,
         "averaged_weights": trained["final"]["averaged_weights"],
     }
-    progress.update(4, 4, "steps", "saved")
-    return write_manifest(output_dir, "export", body, started)
 
 
 def load_checkpoint(tokenizer: Tokenizer, path: str, about: Mapping[str, Any], scratch: str) -> armd.ARMD:
@@ -98,5 +104,6 @@ def held_out_loss(model: armd.ARMD, windows: WindowIndex, most: int, batch_size:
     total = 0.0
     for first in range(0, n, batch_size):
         rows = [torch.from_numpy(windows[i]) for i in range(first, min(n, first + batch_size))]
-        total -= float(armd.score(model, torch.stack(rows), order).double().sum())
+        tokens = torch.stack(rows).to(model.embedding.weight.device)
+        total -= float(armd.score(model, tokens, order).double().sum())
     return total / (n * windows.sequence_length)

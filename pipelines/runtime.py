@@ -5,9 +5,12 @@ import os
 import secrets
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, user_error_in
+from pipelines.progress import Progress, silent
 
 # Settings that every process of the cluster must agree on, driver and workers alike; all are no-ops on a remote cluster
 # whose nodes set their own.
@@ -54,6 +57,30 @@ def connect(cpus: int = 4) -> None:
             f"{where} did not answer: {str(error).splitlines()[0]}",
             "run `armd doctor`; unset RAY_ADDRESS to use this machine alone, or give RAY_AUTH_MODE and the cluster's token",
         ) from error
+
+
+def near_a_gpu(function: Callable[..., Any], *arguments: Any, progress: Progress) -> Any:
+    """`function(*arguments, progress)`, run as one task on a GPU where the work goes to a cluster that has any.
+
+    The driver's machine, a cluster's head, may have none. Elsewhere it runs here.
+
+    Raises:
+        UserError: as `function` does.
+    """
+    if not on_cluster():
+        return function(*arguments, progress)
+    connect()
+    import ray
+
+    if not ray.cluster_resources().get("GPU", 0):
+        return function(*arguments, progress)
+    result = ray.remote(num_gpus=1, max_retries=1)(function).remote(*arguments, silent)
+    while not ray.wait([result], timeout=2.0)[0]:
+        progress.update(0, None, "steps", "on a GPU worker")
+    try:
+        return ray.get(result)
+    except ray.exceptions.RayTaskError as error:
+        raise (user_error_in(error) or error) from None
 
 
 def _use_private_token() -> None:
