@@ -55,7 +55,7 @@ def connect(cpus: int = 4) -> None:
         where = f"the Ray cluster at {options['address']}" if on_cluster() else "a local Ray cluster"
         raise UserError(
             f"{where} did not answer: {str(error).splitlines()[0]}",
-            "run `armd doctor`; unset RAY_ADDRESS to use this machine alone, or give RAY_AUTH_MODE and the cluster's token",
+            "run `armd doctor`; unset RAY_ADDRESS to use this machine, or give RAY_AUTH_MODE and the cluster's token",
         ) from error
 
 

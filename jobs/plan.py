@@ -1,0 +1,244 @@
+"""`armd plan`: what a recipe will need. Runs nothing, starts nothing, writes nothing."""
+
+import dataclasses
+import inspect
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import tyro
+
+from jobs import costs, options, pipeline
+from jobs.recipes import RECIPES, Recipe
+from jobs.run import choose_recipe, recipes_help
+from jobs.terminal import bytes_text, clock_text, count_text
+from pipelines import storage
+from pipelines.errors import UserError
+from pipelines.manifest import is_done, read_manifest
+
+NAMED_VOCABULARIES = {"gpt2": 50_257, "bert-base-uncased": 30_522}
+"""Sizes of tokenizers that recipes name by their folder, for plans made before the folder is there."""
+
+UTILISATION = 0.4
+HARDWARE = {"H100 or H200 GPU": 989e12, "A100 GPU": 312e12, "CPU core": 50e9}
+"""Peak dense operations a second of one worker: bfloat16 on the GPUs, float32 on the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What `armd plan RECIPE` takes."""
+
+    tokens_per_second: float | None = None
+    """Training throughput of all workers together, for the time estimate; None: assume some hardware."""
+    root: str = "runs"
+    """Where stages would go; a corpus that is there already is read for the number of epochs."""
+    json: bool = False
+    """Print one JSON object instead."""
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
+    """The recipe, every value of which can be changed."""
+
+    def __post_init__(self) -> None:
+        if self.tokens_per_second is not None and not self.tokens_per_second > 0:
+            raise ValueError(f"tokens_per_second must be more than 0, not {self.tokens_per_second}")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; the exit status."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(
+            recipes_help("plan", "What a recipe will need: parameters, FLOPs, memory, steps, disk, time. Runs nothing.")
+        )
+        return 0 if arguments else 2
+    name = arguments[0]
+    recipe = choose_recipe(name)
+    chosen = options.parse(
+        dataclasses.replace(PlanOptions(), recipe=recipe),
+        arguments[1:],
+        command=f"armd plan {name}",
+        description=inspect.getdoc(RECIPES[name]) or "",
+    )
+    plan = make(chosen.recipe, root=chosen.root, tokens_per_second=chosen.tokens_per_second)
+    if chosen.json:
+        print(json.dumps({"recipe": name, **plan}))
+    else:
+        _print(name, chosen.recipe, plan)
+    return 0
+
+
+def make(recipe: Recipe, *, root: str = "runs", tokens_per_second: float | None = None) -> dict[str, Any]:
+    """The plan as JSON values; sizes in bytes, times in seconds.
+
+    Raises:
+        UserError: the vocabulary's size cannot be known yet.
+    """
+    train = recipe.train
+    vocab_size, vocabulary = _vocabulary(recipe)
+    model = train.architecture.model_config(vocab_size, recipe.corpus.sequence_length)
+    bfloat16 = train.dtype == "bfloat16" or (train.dtype == "auto" and _has_gpu())
+    n_parameters = costs.parameters(model)
+    flops, plain = costs.flops(model), costs.autoregressive_flops(model)
+    memory = costs.memory(model, train, n_parameters, bfloat16=bfloat16)
+    n_tokens = costs.tokens(train, recipe.corpus.sequence_length)
+    checkpoint = costs.checkpoint_bytes(train, n_parameters, bfloat16=bfloat16)
+    corpus = _corpus(recipe, root)
+    corpus_bytes = corpus["tokens"] * (2 if vocab_size <= 1 << 16 else 4) if corpus else None
+    # One more checkpoint than are kept is there while the next is written.
+    training_bytes = (train.keep_checkpoints + 1) * checkpoint
+    return {
+        "config": pipeline.resolved(recipe),
+        "vocab_size": vocab_size,
+        "vocabulary": vocabulary,
+        "parameters": n_parameters,
+        "flops_per_token": {
+            **dataclasses.asdict(flops),
+            "training": flops.training,
+            "ratio_to_autoregressive": flops.training / plain.training,
+            "ratio_to_autoregressive_layers": flops.layers / plain.layers,
+        },
+        "dtype": "bfloat16" if bfloat16 else "float32",
+        "memory_per_rank": {**dataclasses.asdict(memory), "total": memory.total},
+        "steps": train.total_steps,
+        "tokens": n_tokens,
+        "epochs": n_tokens / corpus["tokens"] if corpus else None,
+        "corpus": corpus,
+        "checkpoint_bytes": checkpoint,
+        "disk": {
+            "corpus": corpus_bytes,
+            "train": training_bytes,
+            "export": costs.export_bytes(n_parameters),
+            "total": training_bytes + costs.export_bytes(n_parameters) + (corpus_bytes or 0),
+        },
+        "seconds": _seconds(n_tokens, flops.training, train.n_workers, tokens_per_second),
+    }
+
+
+def _seconds(n_tokens: int, flops: float, n_workers: int, tokens_per_second: float | None) -> dict[str, float]:
+    """Training time by what it assumes, in words."""
+    if tokens_per_second is not None:
+        return {f"at {count_text(tokens_per_second)} tokens/s, as given": n_tokens / tokens_per_second}
+    cpu_days = n_tokens * flops / (UTILISATION * HARDWARE["CPU core"] * n_workers) / 86_400
+    return {
+        f"on {n_workers} x {name}, at {UTILISATION:.0%} of {count_text(peak)} FLOP/s": n_tokens
+        * flops
+        / (UTILISATION * peak * n_workers)
+        for name, peak in HARDWARE.items()
+        if (name == "CPU core") == (cpu_days < 2)  # a run for GPUs would take years, one for CPUs no time
+    }
+
+
+def _vocabulary(recipe: Recipe) -> tuple[int, str]:
+    """The vocabulary's size and where it comes from."""
+    given = recipe.corpus.tokenizer
+    if given is None:
+        return recipe.corpus.vocab_size, "to be trained, at most"
+    if storage.is_local(given) and storage.exists(given):
+        from armd.tokenizer import Tokenizer
+
+        try:
+            return Tokenizer.load(storage.absolute(given)).vocab_size, given
+        except ValueError as error:
+            raise UserError(str(error), "give --corpus.tokenizer a folder with the tokenizer's files") from error
+    name = os.path.basename(given.rstrip("/"))
+    if name in NAMED_VOCABULARIES:
+        return NAMED_VOCABULARIES[name], f"of {name}; {given} is not there yet"
+    raise UserError(
+        f"the tokenizer {storage.redacted(given)} is not there, so the vocabulary's size is not known",
+        f"give --corpus.tokenizer a folder that exists, or one named {' or '.join(NAMED_VOCABULARIES)}",
+    )
+
+
+def _corpus(recipe: Recipe, root: str) -> dict[str, Any] | None:
+    """Tokens of the training split, when this corpus has been made already."""
+    try:
+        directory = pipeline.build(recipe)["corpus"].directory(storage.absolute(root))
+    except UserError:  # the sources are not here: a plan can be made before they are
+        return None
+    if not is_done(directory):
+        return None
+    return {"directory": directory, "tokens": read_manifest(directory)["splits"]["train"]["tokens"]}
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _print(name: str, recipe: Recipe, plan: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table(title=f"armd plan {name}", title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(style="dim")
+    for row in _rows(recipe, plan):
+        table.add_row(*row)
+    console.print(table)
+    console.print("\nConfiguration", style="bold")
+    for line in _flat(plan["config"]):
+        console.print(f"  {line}", soft_wrap=True, markup=False)
+
+
+def _rows(recipe: Recipe, plan: dict[str, Any]) -> list[tuple[str, str, str]]:
+    train, flops, memory, disk = recipe.train, plan["flops_per_token"], plan["memory_per_rank"], plan["disk"]
+    length = recipe.corpus.sequence_length
+    rows = [
+        ("Parameters", count_text(plan["parameters"]), f"{plan['parameters']:,} exactly"),
+        ("Vocabulary", count_text(plan["vocab_size"]), plan["vocabulary"]),
+        (
+            "FLOPs a token",
+            count_text(flops["training"]),
+            f"forward and backward; {flops['ratio_to_autoregressive']:.2f}x an autoregressive transformer of this size "
+            f"({flops['ratio_to_autoregressive_layers']:.2f}x in the layers)",
+        ),
+        ("Steps", count_text(plan["steps"]), f"{train.steps:,} of permutation, {train.strided_steps:,} strided"),
+        ("Tokens", count_text(plan["tokens"]), f"{train.batch_size} sequences of {length} tokens a step"),
+        (
+            "Epochs",
+            "unknown" if plan["epochs"] is None else f"{plan['epochs']:.2f}",
+            "the corpus has not been made yet"
+            if plan["corpus"] is None
+            else f"of the {count_text(plan['corpus']['tokens'])} tokens in {plan['corpus']['directory']}",
+        ),
+        (
+            "Memory a rank",
+            bytes_text(memory["total"]),
+            f"{train.n_workers} workers, ZeRO stage {train.zero_stage}, {plan['dtype']}, "
+            f"micro-batch {train.micro_batch_size}; libraries and buffers come on top",
+        ),
+    ]
+    said = {
+        "parameters": "",
+        "gradients": "",
+        "master": "float32 copy of the weights",
+        "moments": "AdamW's",
+        "average": "moving average of the weights",
+        "activations": "estimate",
+        "logits": "estimate",
+    }
+    rows += [(f"  {part}", bytes_text(memory[part]), note) for part, note in said.items() if memory[part]]
+    rows += [
+        ("Checkpoint", bytes_text(plan["checkpoint_bytes"]), f"every {train.checkpoint_every:,} steps"),
+        ("Disk", bytes_text(disk["total"]), "without the corpus" if disk["corpus"] is None else "with the corpus"),
+        ("  checkpoints", bytes_text(disk["train"]), f"{train.keep_checkpoints} kept, and one being written"),
+        ("  model", bytes_text(disk["export"]), "exported, float32"),
+    ]
+    for number, (assumption, seconds) in enumerate(plan["seconds"].items()):
+        rows.append(("" if number else "Training time", clock_text(seconds), assumption))
+    return rows
+
+
+def _flat(config: dict[str, Any], prefix: str = "--") -> list[str]:
+    """The configuration as the options that would set it."""
+    lines = []
+    for name, value in config.items():
+        option = f"{prefix}{name.replace('_', '-')}"
+        if isinstance(value, dict):
+            lines += _flat(value, f"{option}.")
+        else:
+            lines.append(f"{option} {' '.join(map(str, value)) if isinstance(value, list) else value}")
+    return lines

@@ -1,0 +1,142 @@
+"""Runs as Python functions: the whole configuration, and a docstring that says what it costs and what it should give.
+
+A recipe's docstring is a claim: command, hardware, time, expected metric. Everything can be overridden on the command
+line, `armd run demo --train.steps 100`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from armd.config import ARCHITECTURES
+from pipelines.corpus_config import CorpusConfig
+from pipelines.evaluate import EvaluateConfig
+from pipelines.export import ExportConfig
+from pipelines.serving.config import DeployConfig
+from pipelines.train_config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The configuration of every stage."""
+
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    """Text and tokenizer."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Model, schedules, optimiser, workers."""
+    export: ExportConfig = field(default_factory=ExportConfig)
+    """The check of the exported model."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """What is measured on held-out text, and the samples."""
+    deploy: DeployConfig = field(default_factory=DeployConfig)
+    """The HTTP endpoint."""
+
+
+def demo() -> Recipe:
+    """The whole pipeline in minutes: a tiny model of Python's own documentation.
+
+    Command: armd run demo
+    Hardware: 2 CPU cores, 4 GB of memory; no network, no GPU, no compiler.
+    Time: about 5 minutes.
+    Expect: held-out perplexity far below the unigram baseline's; S=4 within a few per cent of S=1.
+    """
+    return Recipe(
+        corpus=CorpusConfig(sources=("python-docs",), vocab_size=2048, sequence_length=256),
+        train=TrainConfig(
+            architecture=ARCHITECTURES["tiny"],
+            batch_size=16,
+            micro_batch_size=8,
+            n_workers=2,
+            zero_stage=2,
+            steps=600,
+            strided_steps=200,
+            ar_steps=12,
+            permutation_steps=72,
+            max_shuffled=8,
+            learning_rate=3e-3,
+            warmup_steps=50,
+            log_every=10,
+            validate_every=100,
+            validation_windows=32,
+            checkpoint_every=100,
+        ),
+    )
+
+
+def small() -> Recipe:
+    """The paper's 125M model on OpenWebText.
+
+    Command: armd run small --corpus.sources DIR --corpus.tokenizer DIR
+    Needs: OpenWebText as .jsonl or .parquet files with a `text` field in data/openwebtext, and GPT-2's encoder.json
+        and vocab.bpe in data/gpt2; or other places, by the two options above.
+    Hardware: 8 GPUs of 80 GB.
+    Time: `armd plan small` works it out from your throughput; 215 G tokens.
+    Expect: zero-shot perplexity as the paper's ARMD small (400k): WikiText103 35.15, LAMBADA 45.35. Not yet run here.
+    """
+    return Recipe(
+        corpus=CorpusConfig(sources=("data/openwebtext",), tokenizer="data/gpt2", sequence_length=1024),
+        train=TrainConfig(
+            architecture=ARCHITECTURES["small"],
+            batch_size=512,
+            micro_batch_size=16,
+            n_workers=8,
+            zero_stage=1,
+            steps=400_000,
+            strided_steps=10_000,
+            ar_steps=9_000,
+            permutation_steps=48_000,
+            max_shuffled=32,
+            learning_rate=3e-4,
+            warmup_steps=2_500,
+            dtype="bfloat16",
+        ),
+        evaluate=EvaluateConfig(max_windows=1024, sample_tokens=1023),
+    )
+
+
+def medium() -> Recipe:
+    """The paper's 345M model on OpenWebText.
+
+    Command: armd run medium --corpus.sources DIR --corpus.tokenizer DIR
+    Needs: as `small`.
+    Hardware: 16 GPUs of 80 GB.
+    Time: `armd plan medium` works it out from your throughput; 163 G tokens.
+    Expect: zero-shot perplexity as the paper's ARMD medium (300k): WikiText103 25.55, LAMBADA 39.08. Not yet run here.
+    """
+    base = small()
+    train = dataclasses.replace(
+        base.train,
+        architecture=ARCHITECTURES["medium"],
+        steps=300_000,
+        micro_batch_size=8,
+        n_workers=16,
+        zero_stage=2,
+    )
+    return dataclasses.replace(base, train=train)
+
+
+def lm1b() -> Recipe:
+    """The paper's One Billion Word run: 125M parameters, length 128.
+
+    Command: armd run lm1b --corpus.sources DIR --corpus.tokenizer DIR
+    Needs: LM1B as .txt or .jsonl files in data/lm1b, and BERT's vocab.txt in data/bert-base-uncased; or other places,
+        by the two options above.
+    Hardware: 8 GPUs of 80 GB.
+    Time: `armd plan lm1b` works it out from your throughput; 66 G tokens.
+    Expect: test perplexity 22.36 (the paper, 1M steps). Not yet run here.
+    """
+    base = small()
+    corpus = CorpusConfig(sources=("data/lm1b",), tokenizer="data/bert-base-uncased", sequence_length=128)
+    train = dataclasses.replace(
+        base.train,
+        micro_batch_size=64,
+        steps=1_000_000,
+        ar_steps=100_000,
+        max_shuffled=8,
+        permutation_steps=300_000,
+    )
+    return Recipe(corpus=corpus, train=train, evaluate=EvaluateConfig(max_windows=4096, sample_tokens=127))
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"demo": demo, "small": small, "medium": medium, "lm1b": lm1b}
+"""Recipes by the name that the command line takes."""
