@@ -23,6 +23,10 @@ TERMINATED = 128 + signal.SIGTERM
 """Exit status after SIGTERM, as a shell gives it."""
 
 
+SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Environment variable that Ray sets in the processes of a submitted job."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """What `armd run RECIPE` takes."""
@@ -30,7 +34,7 @@ class RunOptions:
     until: Literal["corpus", "train", "export", "evaluate", "deploy", "report"] = "report"
     """Stop after this stage."""
     root: str = "runs"
-    """Folder or URI (s3://bucket/path) below which every stage gets its directory."""
+    """Folder or URI (s3://bucket/path) for the stages' directories; in a submitted job relative to the home folder."""
     debug: bool = False
     """Show the traceback of an error, and what libraries print; else that goes to run.log below the root."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
@@ -50,13 +54,14 @@ def main(arguments: Sequence[str]) -> int:
         command=f"armd run {name}",
         description=inspect.getdoc(RECIPES[name]) or "",
     )
-    root = storage.absolute(chosen.root)
+    root = _absolute(chosen.root)
     storage.check_writable(root)
     directories, all_reused = _bring_up_to_date(chosen, name, root, ["armd", "run", *arguments])
+    shown = chosen.root if storage.absolute(chosen.root) == root else root
     if "report" in directories:
         report = storage.join(root, "report.html")
         storage.write_bytes(report, storage.read_bytes(storage.join(directories["report"], "report.html")))
-    if closing := summary.text(name, chosen.root, directories, all_reused):
+    if closing := summary.text(name, shown, directories, all_reused):
         print(f"\n{closing}")
     return 0
 
@@ -117,6 +122,17 @@ def recipes_help(command: str, purpose: str) -> str:
     if command == "run":
         lines += ["  armd run demo --until train --root s3://bucket/runs"]
     return "\n".join(lines)
+
+
+def _absolute(root: str) -> str:
+    """`root` as an absolute path or a URI.
+
+    A submitted job runs in a copy of its working directory that Ray deletes with the job; there a relative root is
+    below the home directory, as it is for somebody who logs in.
+    """
+    if SUBMITTED_JOB in os.environ and storage.is_local(root):
+        root = os.path.join("~", root.removeprefix("file://"))
+    return storage.absolute(root)
 
 
 def _lock_dir(root: str) -> Path:

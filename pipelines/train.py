@@ -32,6 +32,7 @@ def run(config: TrainConfig, inputs: Mapping[str, str], output_dir: str, progres
     runtime.connect(cpus=max(4, config.n_workers + 2))
     use_gpu = _use_gpu(config)
     wait_for_workers(config.n_workers, use_gpu, config.wait_for_nodes)
+    progress.update(0, config.total_steps, "steps", f"starting {config.n_workers} workers")
     with _watching(config.total_steps, progress) as board:
         summary = _fit(config, inputs["corpus"], output_dir, use_gpu, board)
     return write_manifest(output_dir, "train", summary, started)

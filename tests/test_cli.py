@@ -290,6 +290,17 @@ def test_the_root_may_be_anywhere(stages: Stages, tmp_path: Path) -> None:
     assert Path(record(str(tmp_path / "deep" / "root"))["steps"]["train"]["directory"]).parent == tmp_path / "deep/root"
 
 
+def test_in_a_submitted_job_a_relative_root_is_below_the_home_folder(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job's working directory is a copy that goes with the job."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert run("--until", "corpus") == 0
+    assert (tmp_path / "home" / "runs" / "run.json").exists()
+    assert not Path("runs").exists()
+
+
 def test_commands_with_one_root_share_their_locks(tmp_path: Path) -> None:
     from jobs.run import _lock_dir
 
