@@ -2,6 +2,9 @@
 
 from dataclasses import asdict, dataclass
 
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "SHA256SUMS")
+"""The files of a saved model's folder; the sums are written last and promise the others."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:

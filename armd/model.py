@@ -131,16 +131,17 @@ class ARMD(nn.Module):
 
 
 def initialise(model: ARMD, generator: torch.Generator | None = None) -> None:
-    """Draw all weights, in the order of `named_parameters`.
+    """Draw all weights, in the order of `named_parameters`; d is the model's width.
 
-    | parameter                              | start                                              |
-    | -------------------------------------- | -------------------------------------------------- |
-    | embedding, start vector, null keys     | normal, standard deviation 0.02                    |
-    | query, key-value, MLP-in projections   | normal, 0.02                                       |
-    | out and MLP-out projections            | normal, 0.02 / sqrt(2 n_layers): the residual's sum |
-    | position table                         | sines and cosines of unit norm a row               |
-    | norms                                  | one                                                |
+    | parameter                          | start                                                              |
+    | ---------------------------------- | ------------------------------------------------------------------ |
+    | embedding, start vector, null keys | normal, standard deviation 1 / sqrt(d)                             |
+    | projections                        | normal, 1 / sqrt(columns in)                                       |
+    | out and MLP-out projections        | that, divided by sqrt(2 n_layers): the residual stream is their sum |
+    | position table                     | sines and cosines of unit norm a row                               |
+    | norms                              | one                                                                |
     """
+    config = model.config
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -148,6 +149,8 @@ def initialise(model: ARMD, generator: torch.Generator | None = None) -> None:
             elif name == "prefix_table":
                 parameter.copy_(sinusoids(*parameter.shape))
             else:
-                into_residual = name.endswith(("out.weight", "mlp_out.weight"))
-                deviation = 0.02 / math.sqrt(2 * model.config.n_layers) if into_residual else 0.02
+                is_projection = parameter.ndim == 2 and "layers" in name
+                deviation = (parameter.shape[1] if is_projection else config.d_model) ** -0.5
+                if name.endswith(("out.weight", "mlp_out.weight")):
+                    deviation /= math.sqrt(2 * config.n_layers)
                 nn.init.normal_(parameter, std=deviation, generator=generator)

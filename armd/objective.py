@@ -4,7 +4,6 @@ Everything here is a pure function of the seed, the step and the sequence's plac
 over any number of workers, or resumed at any step, draws the same orders.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from armd.model import ARMD
 from armd.order import Order
+from armd.randomness import seeded
 
 
 def nats(model: ARMD, tokens_BN: Tensor, order: Order) -> tuple[Tensor, int]:
@@ -78,12 +78,6 @@ class Schedule:
         return Order.stack(
             [Order.progressive(length, n_shuffled, generator=seeded("progressive", seed, step, row)) for row in rows]
         )
-
-
-def seeded(*parts: object) -> torch.Generator:
-    """A generator of its own for whatever `parts` name, independent of all others."""
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def _below(bound: int, generator: torch.Generator) -> int:

@@ -3,10 +3,13 @@
 float64, because a draw in float32 quietly lowers the temperature: its smallest uniform numbers cut off the tail.
 """
 
+import secrets
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from armd.randomness import seeded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +49,7 @@ class SamplingParams:
 
     def generator(self) -> torch.Generator:
         """The request's generator; on the CPU, so that a seed means the same everywhere."""
-        generator = torch.Generator()
-        if self.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(self.seed % 2**63)
-        return generator
+        return seeded("sample", secrets.randbits(64) if self.seed is None else self.seed)
 
 
 def distribution(logits_MV: Tensor, params: SamplingParams) -> Tensor:

@@ -11,12 +11,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from armd.config import ModelConfig
+from armd.config import MODEL_FILES, ModelConfig
 from armd.model import ARMD
 from armd.tokenizer import Tokenizer
 
-FILES = ("config.json", "model.safetensors", "tokenizer.json")
-SUMS = "SHA256SUMS"
+*FILES, SUMS = MODEL_FILES
 
 
 def save(path: str | Path, model: ARMD, tokenizer: Tokenizer) -> None:

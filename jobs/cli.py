@@ -5,6 +5,7 @@ A mistake that a user can mend is two lines on stderr, what and how to mend it, 
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -20,6 +21,9 @@ COMMANDS = {
     "doctor": "check the installation, this machine and the cluster",
     "bench": "measure speed; prints one line of JSON last",
 }
+
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colours
+_RAISED = re.compile(r"^[\w.]*(?:Error|Exception)\b: .*", re.MULTILINE)  # in a traceback; the first is the first cause
 
 HELP = """usage: armd COMMAND ...
 
@@ -60,16 +64,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def complain(error: BaseException) -> int:
     """Print what is wrong and how to mend it, on stderr; the exit status."""
+    from pipelines.storage import redacted
+
     failures: list[BaseException] = [failure for _, failure in getattr(error, "failures", ())] or [error]
     for failure in failures:
         found = user_error_in(failure)
         if found is not None:
             what, fix = found.what, found.fix
         else:
-            first = (str(failure).strip().splitlines() or ["no message"])[0]
-            what = f"{type(failure).__name__}: {first}"
+            what = _said(failure)
             fix = "run the command again with --debug for the traceback; if this is a fault of armd, report it"
-        print(f"error: {_one_line(what)}\nfix: {_one_line(fix)}", file=sys.stderr)
+        print(f"error: {redacted(_one_line(what))}\nfix: {redacted(_one_line(fix))}", file=sys.stderr)
     return 2 if isinstance(error, UsageError) else 1
 
 
@@ -98,5 +103,24 @@ def _version() -> str:
         return "from a source tree"
 
 
+def _said(error: BaseException) -> str:
+    """Type and first line of an unexpected error: of what a task raised, where Ray wrapped it."""
+    seen: list[BaseException] = []
+    while type(error).__module__.startswith("ray.") and error not in seen:
+        seen.append(error)
+        of_workers = getattr(error, "worker_failures", None)  # Ray Train: {rank: exception}
+        inner = next(iter(of_workers.values()), None) if isinstance(of_workers, dict) else None
+        inner = inner or getattr(error, "cause", None) or error.__cause__
+        if isinstance(inner, BaseException):
+            error = inner
+    text = _ESCAPES.sub("", str(error)).strip()
+    if type(error).__module__.startswith("ray."):  # the exception did not travel, but its traceback did
+        if raised := _RAISED.search(text):
+            return raised[0]
+        if text.startswith("ray::"):
+            return text.splitlines()[-1].strip()
+    return f"{type(error).__name__}: {(text.splitlines() or ['no message'])[0]}"
+
+
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(_ESCAPES.sub("", text).split())

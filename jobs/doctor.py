@@ -43,6 +43,11 @@ class DoctorOptions:
     port: int = 8000
     """Port that the HTTP endpoint would take."""
 
+    def __post_init__(self) -> None:
+        storage.check_place(self.root, "root")
+        if not 1 <= self.port <= 65535:
+            raise ValueError(f"port must be between 1 and 65535, not {self.port}")
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; exit status 1 when something fails."""

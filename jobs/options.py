@@ -8,7 +8,8 @@ of event.
 import contextlib
 import dataclasses
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pipelines.errors import UserError
@@ -27,7 +28,7 @@ def parse(default: Options, arguments: Sequence[str], *, command: str, descripti
         default: a frozen dataclass; fields without a default in it are `tyro.MISSING`.
         arguments: what stands after the command.
         command: the command for messages and help, such as "armd run demo".
-        description: the help's first lines.
+        description: the help's first lines; its line breaks are kept.
 
     Raises:
         UsageError: an unknown option (the nearest one is named), a value of the wrong kind or out of range.
@@ -35,7 +36,7 @@ def parse(default: Options, arguments: Sequence[str], *, command: str, descripti
     import tyro
     from tyro import _errors
 
-    known = list(option_names(default))
+    known = defaults(default)
 
     def refuse(event: _errors.ParseErrorEvent) -> None:
         what, fix = _explain(event, known, arguments)
@@ -48,7 +49,7 @@ def parse(default: Options, arguments: Sequence[str], *, command: str, descripti
             default=default,
             args=list(arguments),
             prog=command,
-            description=description,
+            description=re.sub(r"\n+", "\n  ", description),  # tyro joins lines, but not those that are indented
             config=(tyro.conf.FlagCreatePairsOff,),
         )
 
@@ -63,26 +64,33 @@ def naming_options(default: Any, arguments: Sequence[str], *, command: str) -> I
     try:
         yield
     except ValueError as error:
-        what, fix = _about_value(str(error), list(option_names(default)), arguments)
+        what, fix = _about_value(str(error), defaults(default), arguments)
         raise UsageError(what, fix or f"`{command} --help` lists the options") from error
 
 
-def option_names(config: Any, prefix: str = "--") -> Iterator[str]:
-    """The options of a dataclass instance as they are typed, nested ones dotted."""
+def defaults(config: Any, prefix: str = "--") -> dict[str, Any]:
+    """The values of a dataclass instance by option as it is typed, nested ones dotted; positional ones are left out."""
+    from tyro.conf import Positional
+
+    (positional,) = Positional[str].__metadata__  # type: ignore[attr-defined]
+    found: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        hoisted = any(getattr(mark, "name", None) == "" for mark in getattr(field.type, "__metadata__", ()))
+        marks = getattr(field.type, "__metadata__", ())
+        hoisted = any(getattr(mark, "name", None) == "" for mark in marks)
         name = prefix if hoisted else f"{prefix}{field.name.replace('_', '-')}"
         if dataclasses.is_dataclass(value):
-            yield from option_names(value, prefix if hoisted else f"{name}.")
-        else:
-            yield name
+            found |= defaults(value, prefix if hoisted else f"{name}.")
+        elif positional not in marks:
+            found[name] = value
+    return found
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:
     """The entry of `words` that `word` is most likely a slip of; None when none is near."""
     words = list(words)
-    found = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    bare = {entry.lstrip("-"): entry for entry in words}  # dashes, which all options share, are no likeness
+    found = [bare[one] for one in difflib.get_close_matches(word.lstrip("-"), bare, n=1, cutoff=0.6)]
     if not found:  # `--steps` for `--train.steps`
         tail = word.lstrip("-").rpartition(".")[2]
         found = [entry for entry in words if tail and entry.rpartition(".")[2].lstrip("-") == tail]
@@ -101,7 +109,7 @@ def choose(word: str, words: Iterable[str], kind: str, fix: str) -> None:
         raise UsageError(f"there is no {kind} '{word}'", f"did you mean '{near}'? {fix}" if near else fix)
 
 
-def _explain(event: Any, known: Sequence[str], arguments: Sequence[str]) -> tuple[str, str | None]:
+def _explain(event: Any, known: Mapping[str, Any], arguments: Sequence[str]) -> tuple[str, str | None]:
     """What is wrong and how to mend it; None leaves the mend to the caller."""
     from tyro import _errors
 
@@ -127,23 +135,39 @@ def _explain(event: Any, known: Sequence[str], arguments: Sequence[str]) -> tupl
     return f"the command line was not understood ({type(event).__name__})", None
 
 
-def _about_value(message: str, known: Sequence[str], arguments: Sequence[str]) -> tuple[str, str | None]:
-    option = _option_in(message, known, arguments)
+def _about_value(message: str, known: Mapping[str, Any], arguments: Sequence[str]) -> tuple[str, str | None]:
+    option = _option_in(message, list(known), arguments)
     if option is None:
         return message, None
     field = option.rpartition(".")[2].lstrip("-").replace("-", "_")
-    what = option + message[len(field) :] if message.startswith(field) else f"{option}: {message}"
-    return what, f"give {option} a value that fits"
+    about_it = message.startswith(field)
+    what = option + message[len(field) :] if about_it else f"{option}: {message}"
+    bound = re.search(r" must (?:be|name) (.+?)(?:, not .*)?$", message) if about_it else None
+    default = _typed(known[option])
+    if option not in _typed_options(arguments):  # its default does not go with something that was typed
+        return what, f"change {option}, whose default is {default}, or what it has to go with"
+    other = f"choose what fits: {bound[1]}" if bound else "change what it has to go with"
+    return what, f"leave {option} at its default, {default}, or {other}"
+
+
+def _typed(value: Any) -> str:
+    """A default as it would be typed."""
+    if isinstance(value, (tuple, list)):
+        return " ".join(map(_typed, value))
+    return str(value) if value != "" else "''"
 
 
 def _option_in(message: str, known: Sequence[str], arguments: Sequence[str]) -> str | None:
     """The option whose field a configuration's message names; one that was typed goes first."""
     words = {word.strip("'\",.:;()").replace("_", "-") for word in message.split()}
-    typed = [argument.partition("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--")]
-    for option in [*(name for name in typed if name in known), *known]:
+    for option in [*(name for name in _typed_options(arguments) if name in known), *known]:
         if option.rpartition(".")[2].lstrip("-") in words:
             return option
     return None
+
+
+def _typed_options(arguments: Sequence[str]) -> list[str]:
+    return [argument.partition("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--")]
 
 
 def _bad_value(event: Any, arguments: Sequence[str]) -> str:

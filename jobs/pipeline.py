@@ -29,7 +29,8 @@ _INPUTS = {
 }
 
 # Settings that do not change what a stage produces, so that changing them resumes the run instead of starting another.
-# The sources and the tokenizer count by what they hold now, not by where they are.
+# The sources count by what they hold now, not by where they are: by each file's path relative to its source, size, and
+# modification time or ETag. The tokenizer counts by its content.
 _NOT_IDENTITY = {
     "corpus": ("sources", "tokenizer"),
     "train": ("checkpoint_every", "keep_checkpoints", "max_failures", "wait_for_nodes"),
@@ -69,9 +70,7 @@ def build(
         "report": report.ReportConfig(title=f"armd run {name}".strip(), recipe=resolved(recipe)),
     }
     identities = {stage: _identity(stage, config) for stage, config in configs.items()}
-    identities["corpus"]["holds"] = [
-        {key: value for key, value in entry.items() if key != "source"} for entry in corpus.fingerprint(recipe.corpus)
-    ]
+    identities["corpus"]["holds"] = corpus.fingerprint(recipe.corpus)
     steps: dict[str, Step] = {}
     for stage in STAGES:
         steps[stage] = Step(

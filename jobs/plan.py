@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import json
-import os
+import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -18,8 +18,8 @@ from pipelines import storage
 from pipelines.errors import UserError
 from pipelines.manifest import is_done, read_manifest
 
-NAMED_VOCABULARIES = {"gpt2": 50_257, "bert-base-uncased": 30_522}
-"""Sizes of tokenizers that recipes name by their folder, for plans made before the folder is there."""
+NAMED_VOCABULARIES = {"gpt2": ("GPT-2", 50_257), "bert-base-uncased": ("BERT", 30_522)}
+"""The tokenizers, with their sizes, that recipes name by their folder, for plans made before the folder is there."""
 
 UTILISATION = 0.4
 HARDWARE = {"H100 or H200 GPU": 989e12, "A100 GPU": 312e12, "CPU core": 50e9}
@@ -40,6 +40,7 @@ class PlanOptions:
     """The recipe, every value of which can be changed."""
 
     def __post_init__(self) -> None:
+        storage.check_place(self.root, "root")
         if self.tokens_per_second is not None and not self.tokens_per_second > 0:
             raise ValueError(f"tokens_per_second must be more than 0, not {self.tokens_per_second}")
 
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     plan = make(chosen.recipe, root=chosen.root, tokens_per_second=chosen.tokens_per_second)
     if chosen.json:
-        print(json.dumps({"recipe": name, **plan}))
+        print(storage.redacted(json.dumps({"recipe": name, **plan})))
     else:
         _print(name, chosen.recipe, plan)
     return 0
@@ -133,20 +134,13 @@ def _vocabulary(recipe: Recipe) -> tuple[int, str]:
     given = recipe.corpus.tokenizer
     if given is None:
         return recipe.corpus.vocab_size, "to be trained, at most"
-    if storage.is_local(given) and storage.exists(given):
-        from armd.tokenizer import Tokenizer
+    folder = os.path.basename(given.rstrip("/"))
+    if folder in NAMED_VOCABULARIES and storage.is_local(given) and not storage.exists(given):
+        name, size = NAMED_VOCABULARIES[folder]
+        return size, f"taken as {name}'s {size:,} entries; {given} is not there"
+    from pipelines.corpus_tokenizer import given_tokenizer
 
-        try:
-            return Tokenizer.load(storage.absolute(given)).vocab_size, given
-        except ValueError as error:
-            raise UserError(str(error), "give --corpus.tokenizer a folder with the tokenizer's files") from error
-    name = os.path.basename(given.rstrip("/"))
-    if name in NAMED_VOCABULARIES:
-        return NAMED_VOCABULARIES[name], f"of {name}; {given} is not there yet"
-    raise UserError(
-        f"the tokenizer {storage.redacted(given)} is not there, so the vocabulary's size is not known",
-        f"give --corpus.tokenizer a folder that exists, or one named {' or '.join(NAMED_VOCABULARIES)}",
-    )
+    return given_tokenizer(given).vocab_size, storage.redacted(given)
 
 
 def _corpus(recipe: Recipe, root: str) -> dict[str, Any] | None:
@@ -180,11 +174,12 @@ def _print(name: str, recipe: Recipe, plan: dict[str, Any]) -> None:
     console.print(table)
     console.print("\nConfiguration", style="bold")
     for line in _flat(plan["config"]):
-        console.print(f"  {line}", soft_wrap=True, markup=False)
+        console.print(f"  {storage.redacted(line)}", soft_wrap=True, markup=False)
 
 
 def _rows(recipe: Recipe, plan: dict[str, Any]) -> list[tuple[str, str, str]]:
     train, flops, memory, disk = recipe.train, plan["flops_per_token"], plan["memory_per_rank"], plan["disk"]
+    corpus = plan["corpus"]
     length = recipe.corpus.sequence_length
     rows = [
         ("Parameters", count_text(plan["parameters"]), f"{plan['parameters']:,} exactly"),
@@ -201,8 +196,8 @@ def _rows(recipe: Recipe, plan: dict[str, Any]) -> list[tuple[str, str, str]]:
             "Epochs",
             "unknown" if plan["epochs"] is None else f"{plan['epochs']:.2f}",
             "the corpus has not been made yet"
-            if plan["corpus"] is None
-            else f"of the {count_text(plan['corpus']['tokens'])} tokens in {plan['corpus']['directory']}",
+            if corpus is None
+            else f"of the {count_text(corpus['tokens'])} tokens in {storage.redacted(corpus['directory'])}",
         ),
         (
             "Memory a rank",

@@ -41,25 +41,26 @@ def demo() -> Recipe:
     Expect: held-out perplexity far below the unigram baseline's; S=4 within a few per cent of S=1.
     """
     return Recipe(
-        corpus=CorpusConfig(sources=("python-docs",), vocab_size=2048, sequence_length=256),
+        corpus=CorpusConfig(sources=("python-docs",), vocab_size=2048, sequence_length=512),
         train=TrainConfig(
             architecture=ARCHITECTURES["tiny"],
-            batch_size=16,
-            micro_batch_size=8,
+            batch_size=4,
+            micro_batch_size=2,
             n_workers=2,
             zero_stage=2,
-            steps=600,
-            strided_steps=200,
-            ar_steps=12,
-            permutation_steps=72,
+            steps=550,
+            strided_steps=350,
+            ar_steps=20,
+            permutation_steps=100,
             max_shuffled=8,
             learning_rate=3e-3,
             warmup_steps=50,
             log_every=10,
-            validate_every=100,
-            validation_windows=32,
-            checkpoint_every=100,
+            validate_every=150,
+            validation_windows=54,
+            checkpoint_every=150,
         ),
+        evaluate=EvaluateConfig(prompts=("Return the",)),
     )
 
 
@@ -89,6 +90,8 @@ def small() -> Recipe:
             learning_rate=3e-4,
             warmup_steps=2_500,
             dtype="bfloat16",
+            device="gpu",
+            wait_for_nodes=1_200.0,
         ),
         evaluate=EvaluateConfig(max_windows=1024, sample_tokens=1023),
     )

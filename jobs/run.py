@@ -4,8 +4,9 @@ import dataclasses
 import inspect
 import os
 import signal
+import stat
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,12 +17,16 @@ from jobs import graph, options, pipeline, summary
 from jobs.recipes import RECIPES, Recipe
 from jobs.record import Record
 from jobs.terminal import Terminal, apart
-from pipelines import storage
+from pipelines import runtime, storage
+from pipelines.errors import UserError
 from pipelines.manifest import is_done
+from pipelines.serving import preflight
 
 TERMINATED = 128 + signal.SIGTERM
 """Exit status after SIGTERM, as a shell gives it."""
 
+WORKERS_A_CORE = 4
+"""Training workers that a core of this machine is asked to bear at most, on a private cluster."""
 
 SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Environment variable that Ray sets in the processes of a submitted job."""
@@ -36,9 +41,12 @@ class RunOptions:
     root: str = "runs"
     """Folder or URI (s3://bucket/path) for the stages' directories; in a submitted job relative to the home folder."""
     debug: bool = False
-    """Show the traceback of an error, and what libraries print; else that goes to run.log below the root."""
+    """Show the traceback of an error, and what libraries print; else that goes to run.log below a local root."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
     """The recipe, every value of which can be changed."""
+
+    def __post_init__(self) -> None:
+        storage.check_place(self.root, "root")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -56,27 +64,41 @@ def main(arguments: Sequence[str]) -> int:
     )
     root = _absolute(chosen.root)
     storage.check_writable(root)
-    directories, all_reused = _bring_up_to_date(chosen, name, root, ["armd", "run", *arguments])
-    shown = chosen.root if storage.absolute(chosen.root) == root else root
+    directories: dict[str, str] = {}
+    try:
+        all_reused = _bring_up_to_date(chosen, name, root, ["armd", "run", *arguments], directories)
+    except graph.StepsFailed:
+        if "evaluate" in directories:
+            print(f"\n{summary.evaluation(directories['evaluate'])}\n", flush=True)
+        raise
     if "report" in directories:
         report = storage.join(root, "report.html")
         storage.write_bytes(report, storage.read_bytes(storage.join(directories["report"], "report.html")))
-    if closing := summary.text(name, shown, directories, all_reused):
+    if closing := summary.text(root, directories, arguments, chosen.recipe.train.seed, all_reused=all_reused):
         print(f"\n{closing}")
     return 0
 
 
-def _bring_up_to_date(chosen: RunOptions, name: str, root: str, command: Sequence[str]) -> tuple[dict[str, str], bool]:
-    """Bring the stages up to date; the directory of each, and whether all of them were there already."""
+def _bring_up_to_date(
+    chosen: RunOptions, name: str, root: str, command: Sequence[str], directories: dict[str, str]
+) -> bool:
+    """Bring the stages up to date; `directories` receives those that are done, as they are.
+
+    Returns:
+        Whether all of them were there already.
+    """
     log = None if chosen.debug else _log_file(root)
     with apart(log) as screen, Terminal(screen) as terminal:
         steps = pipeline.build(chosen.recipe, name, terminal.progress)
         wanted = [steps[stage] for stage in pipeline.STAGES[: pipeline.STAGES.index(chosen.until) + 1]]
+        _check_ahead(chosen.recipe, {step.name for step in wanted if not is_done(step.directory(root))})
         record = Record(root, name, pipeline.resolved(chosen.recipe), wanted, command)
 
         def on_event(event: graph.Event) -> None:
             terminal.on_event(event)
             record.on_event(event)
+            if event.kind in ("finished", "reused"):
+                directories[event.step.name] = event.directory
 
         previous = signal.signal(signal.SIGTERM, _terminate)
         try:
@@ -92,7 +114,32 @@ def _bring_up_to_date(chosen: RunOptions, name: str, root: str, command: Sequenc
         finally:
             signal.signal(signal.SIGTERM, previous)
         record.finish("finished")
-    return {step.name: step.directory(root) for step in wanted}, record.all_reused
+    return record.all_reused
+
+
+def _check_ahead(recipe: Recipe, missing: Collection[str]) -> None:
+    """Refuse before the first stage what a late one would refuse on a private cluster, and size that cluster for all.
+
+    Args:
+        recipe: the configuration.
+        missing: the stages that are still to be done.
+
+    Raises:
+        UserError: more workers than this machine can bear, a port in use, an open address without a key.
+    """
+    if runtime.on_cluster():
+        return
+    if "train" in missing:
+        n_workers, cores = recipe.train.n_workers, os.cpu_count() or 1
+        if n_workers > WORKERS_A_CORE * cores:
+            raise UserError(
+                f"{n_workers} training workers are too many for the {cores} cores of this machine",
+                f"give --train.n-workers of at most {WORKERS_A_CORE * cores}, or set RAY_ADDRESS to a larger cluster",
+            )
+        runtime.reserve(n_workers + 2)  # what the driver and the data need beside them
+    if "deploy" in missing:
+        preflight.check_key(recipe.deploy)
+        preflight.check_port(recipe.deploy)
 
 
 def choose_recipe(name: str) -> Recipe:
@@ -136,10 +183,8 @@ def _absolute(root: str) -> str:
 
 
 def _lock_dir(root: str) -> Path:
-    """Where the locks of commands on `root` are: in it, or for an object store in this machine's temporary folder."""
-    if storage.is_local(root):
-        return Path(root, ".locks")
-    return Path(tempfile.gettempdir(), f"armd-locks-{os.getuid()}", storage.sha256_bytes(root.encode())[:16])
+    """Where the locks of commands on `root` are: in it, or for an object store in this user's temporary folder."""
+    return Path(root, ".locks") if storage.is_local(root) else _own_folder(root)
 
 
 def _terminate(number: int, frame: object) -> None:
@@ -147,4 +192,20 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def _log_file(root: str) -> str:
-    return storage.join(root, "run.log") if storage.is_local(root) else str(Path(tempfile.gettempdir(), "armd-run.log"))
+    return storage.join(root, "run.log") if storage.is_local(root) else str(_own_folder(root) / "run.log")
+
+
+def _own_folder(root: str) -> Path:
+    """A folder of this machine for what commands on the object store `root` keep locally; nobody else can enter it.
+
+    Raises:
+        UserError: somebody else made it first.
+    """
+    folder = Path(tempfile.gettempdir(), f"armd-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    about = folder.lstat()
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o077:
+        raise UserError(f"{folder} is not a folder of this user alone", "remove it, or set TMPDIR to a folder of yours")
+    below = folder / storage.sha256_bytes(root.encode())[:16]
+    below.mkdir(exist_ok=True)
+    return below

@@ -46,7 +46,7 @@ class SampleOptions:
 def main(arguments: Sequence[str]) -> int:
     """Run the command; the exit status."""
     chosen = options.parse(SampleOptions(), arguments, command=COMMAND, description=SampleOptions.__doc__ or "")
-    with options.naming_options(chosen, arguments, command=COMMAND):
+    with options.naming_options(SampleOptions(), arguments, command=COMMAND):
         samples, seconds = _write(chosen)
     if chosen.json:
         tokens = sum(len(sample["tokens"]) for sample in samples)

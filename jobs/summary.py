@@ -1,35 +1,86 @@
 """What `armd run` says at its end: the numbers, a sample, where things are and what to try next."""
 
-from collections.abc import Mapping
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines import storage
 from pipelines.manifest import read_manifest
 
 SAMPLE_CHARACTERS = 300
+SEED = "--train.seed"
 
 
-def text(recipe: str, root: str, directories: Mapping[str, str], all_reused: bool) -> str:
-    """The closing lines of a run below `root` (as typed) whose finished stages are in `directories`."""
-    lines = [""]
+def text(root: str, directories: Mapping[str, str], arguments: Sequence[str], seed: int, *, all_reused: bool) -> str:
+    """The closing lines of a run.
+
+    Args:
+        root: where the run went, absolute.
+        directories: the finished stages.
+        arguments: what was typed after `armd run`.
+        seed: the training seed that was used.
+        all_reused: whether nothing had to be run.
+    """
+    blocks = []
     if all_reused:
-        lines += ["Every stage was already there; nothing was run."]
+        blocks.append("Every stage was already there; nothing was run.")
     if "evaluate" in directories:
-        lines += _evaluation(read_manifest(directories["evaluate"]))
+        blocks.append(evaluation(directories["evaluate"]))
     if "deploy" in directories:
-        lines += ["", *_deployment(read_manifest(directories["deploy"]))]
+        blocks.append("\n".join(_deployment(read_manifest(directories["deploy"]))))
     if "report" in directories:
-        lines += ["", f"Report: {storage.join(root, 'report.html')}"]
+        blocks.append(f"Report: {storage.redacted(storage.join(root, 'report.html'))}")
     if "export" in directories:
-        model = storage.redacted(directories["export"])
-        lines += [
-            "",
-            "Try next:",
-            f'  armd sample {model} --prompt "The" --n-streams 4',
-            f"  armd serve {model}",
-            f"  armd run {recipe} --train.seed 1{'' if root == 'runs' else f' --root {root}'}",
-        ]
-    return "\n".join(lines).strip("\n")
+        armd, model = program(), shlex.quote(_shorter(storage.redacted(directories["export"])))
+        again = storage.redacted(shlex.join(_with_seed(arguments, seed + 1)))
+        blocks.append(
+            "Try next:\n"
+            f'  {armd} sample {model} --prompt "The" --n-streams 4\n'
+            f"  {armd} serve {model}\n"
+            f"  {armd} run {again}"
+        )
+    return "\n\n".join(blocks)
+
+
+def evaluation(directory: str) -> str:
+    """What the finished evaluation in `directory` found."""
+    return "\n".join(_evaluation(read_manifest(directory)))
+
+
+def program() -> str:
+    """How this program was called, to be typed again in the same shell."""
+    called, interpreter = sys.argv[0], sys.executable
+    if os.path.basename(called) == "armd":
+        found = shutil.which("armd")
+        same = found is not None and os.path.exists(called) and os.path.samefile(found, called)
+        path = _shorter(os.path.abspath(called))
+        return "armd" if same else shlex.quote(path if os.sep in path else f"./{path}")
+    # Compared by name: the interpreter of a virtual environment is a link to one outside it.
+    if shutil.which("python") != interpreter:
+        return f"{shlex.quote(_shorter(interpreter))} -m jobs"
+    return "python -m jobs"
+
+
+def _shorter(path: str) -> str:
+    """An absolute path relative to the current folder where it lies below it; anything else as it is."""
+    here = os.path.join(os.getcwd(), "")
+    return path.removeprefix(here) if storage.is_local(path) else path
+
+
+def _with_seed(arguments: Sequence[str], seed: int) -> list[str]:
+    """The arguments with another training seed."""
+    kept = list(arguments)
+    for place, argument in enumerate(kept):
+        if argument == SEED:
+            kept[place + 1] = str(seed)
+            return kept
+        if argument.startswith(f"{SEED}="):
+            kept[place] = f"{SEED}={seed}"
+            return kept
+    return [*kept, SEED, str(seed)]
 
 
 def _evaluation(manifest: Mapping[str, Any]) -> list[str]:

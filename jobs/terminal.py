@@ -13,10 +13,13 @@ from types import TracebackType
 from typing import IO, Any
 
 from jobs.graph import Event
+from pipelines import storage
 from pipelines.progress import Progress
 
 WINDOW = 60.0
 """Seconds over which the rate is taken: long enough to be calm, short enough to follow a change of phase."""
+STEADY = 1.0
+"""Seconds that a rate needs at least: parts that several workers finish at the same moment say nothing."""
 FEW = 10
 """Below this total the counted things are unlike each other, and a rate says nothing."""
 
@@ -58,7 +61,10 @@ def _descriptor(stream: IO[str]) -> int | None:
 
 
 class Pace:
-    """Rate and time left from counts and their times."""
+    """The rate of counts, from their times.
+
+    It begins with the first count above 0 and needs a second one: what came before is start-up, not work.
+    """
 
     def __init__(self) -> None:
         self._seen: deque[tuple[float, float]] = deque()
@@ -69,6 +75,8 @@ class Pace:
         if unit != self._unit or (self._seen and done < self._seen[-1][1]):  # another phase, or a restart
             self._seen.clear()
             self._unit = unit
+        if done <= 0:
+            return
         self._seen.append((now, done))
         while len(self._seen) > 2 and now - self._seen[1][0] >= WINDOW:
             self._seen.popleft()
@@ -79,7 +87,7 @@ class Pace:
         if len(self._seen) < 2:
             return None
         (first, before), (last, done) = self._seen[0], self._seen[-1]
-        return (done - before) / (last - first) if last > first and done > before else None
+        return (done - before) / (last - first) if last - first >= STEADY and done > before else None
 
 
 class Terminal:
@@ -121,7 +129,7 @@ class Terminal:
 
     def on_event(self, event: Event) -> None:
         """Tell what happened to a step."""
-        name, where = event.step.name, event.directory
+        name, where = event.step.name, storage.redacted(event.directory)
         if event.kind == "started":
             if self._live:
                 self._task = self._live.add_task(name, total=None, counts="", pace="", note="")
@@ -151,7 +159,7 @@ class Terminal:
     def _show(self, name: str, done: float, total: float | None, unit: str, note: str, pace: Pace) -> None:
         counts = f"{count_text(done)}{f'/{count_text(total)}' if total is not None else ''} {unit}"
         few = total is not None and total < FEW
-        rate = f"{count_text(pace.rate)}/s" if pace.rate and not few else ""
+        rate = f"{count_text(pace.rate)} {unit}/s" if pace.rate and not few else ""
         left = (
             f"{clock_text((total - done) / pace.rate)} left"
             if rate and pace.rate and total is not None and total > done

@@ -19,6 +19,7 @@ from pipelines.errors import UserError
 
 COMMITTED = "COMMITTED"
 MANIFEST = "manifest.json"
+SCRATCH = ".save-"  # how the folders begin in which a save is prepared
 TAG = "state"  # DeepSpeed's tag: the folder below ours that it puts its files in
 _NAME = re.compile(r"^step-(\d{8})-[0-9a-f]{8}$")
 
@@ -42,7 +43,17 @@ def put_shards(scratch: str, destination: str) -> list[dict[str, Any]]:
 
 
 def commit(destination: str, files: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
-    """Make the checkpoint count: its manifest, then the mark. To be called when the files of all ranks are there."""
+    """Make the checkpoint count: its manifest, then the mark. To be called when the files of all ranks are there.
+
+    Raises:
+        UserError: one of them is gone, which only another writer can have done.
+    """
+    for entry in files:
+        if not storage.exists(storage.join(destination, entry["path"])):
+            raise UserError(
+                f"{storage.join(destination, entry['path'])} was removed before it was committed",
+                "make sure that nothing else writes to this directory, then run the same command again",
+            )
     storage.write_json(storage.join(destination, MANIFEST), {**about, "files": sorted(files, key=lambda f: f["path"])})
     digest = storage.sha256_file(storage.join(destination, MANIFEST))
     storage.write_text(storage.join(destination, COMMITTED), digest + "\n")
@@ -84,18 +95,33 @@ def newest(folder: str) -> tuple[str, dict[str, Any]] | None:
     return None
 
 
-def prune(folder: str, keep: int, attempt: str) -> None:
-    """Remove all but the `keep` newest committed checkpoints, and what earlier attempts left half-written."""
-    committed = [n for n in _names(folder) if storage.exists(storage.join(folder, n, COMMITTED))]
-    for candidate in _names(folder):
-        half_written = candidate not in committed and not candidate.endswith(attempt)
-        if half_written or candidate in committed[:-keep]:
-            path = storage.join(folder, candidate)
-            try:
-                storage.remove_tree(storage.join(path, COMMITTED))  # the mark first: never a marked half
-                storage.remove_tree(path)
-            except OSError as error:
-                logger.warning("could not remove %s: %s", path, error)
+def prune(folder: str, latest: str, keep: int) -> None:
+    """Keep `latest`, which was just committed, and the `keep - 1` before it; remove the others.
+
+    One that claims a later step, or the same step by another attempt, is one that resuming refused as damaged.
+    """
+    own = latest.rstrip("/").rsplit("/", 1)[-1]
+    step = _step(own)
+    earlier = [n for n in _names(folder) if _step(n) < step and storage.exists(storage.join(folder, n, COMMITTED))]
+    kept = {own, *earlier[len(earlier) - (keep - 1) :]}
+    _remove(folder, [name for name in _names(folder) if name not in kept])
+
+
+def sweep(folder: str) -> None:
+    """Remove what killed attempts left half-written; to be called by one that has claimed the folder."""
+    scratch = [name for name in storage.list_names(folder) if name.startswith(SCRATCH)]
+    unmarked = [name for name in _names(folder) if not storage.exists(storage.join(folder, name, COMMITTED))]
+    _remove(folder, scratch + unmarked)
+
+
+def _remove(folder: str, names: Sequence[str]) -> None:
+    for name in names:
+        path = storage.join(folder, name)
+        try:
+            storage.remove_tree(storage.join(path, COMMITTED))  # the mark first: never a marked half
+            storage.remove_tree(path)
+        except Exception as error:  # every object store has exceptions of its own; a purge must not end a run
+            logger.warning("could not remove %s: %s", path, error)
 
 
 def local_copy(path: str, manifest: dict[str, Any], scratch: str) -> str:
@@ -114,6 +140,10 @@ def local_copy(path: str, manifest: dict[str, Any], scratch: str) -> str:
             raise UserError(f"{path}/{entry['path']} changed while it was fetched", "run the same command again")
         os.replace(fetched, target)
     return scratch
+
+
+def _step(candidate: str) -> int:
+    return int(candidate.split("-")[1])
 
 
 def _names(folder: str) -> list[str]:

@@ -177,7 +177,9 @@ def unigram_nats_per_token(records: Iterable[Mapping[str, Any]]) -> float:
 
 
 def _identity(config: CorpusConfig) -> str:
-    content = {"config": asdict(config), "fingerprint": fingerprint(config)}
+    """Of the settings and of what the sources and the tokenizer hold, wherever they are."""
+    settings = {name: value for name, value in asdict(config).items() if name not in ("sources", "tokenizer")}
+    content = {"config": settings, "fingerprint": fingerprint(config)}
     return storage.sha256_bytes(json.dumps(content, sort_keys=True).encode("utf-8"))
 
 

@@ -28,10 +28,14 @@ def given_tokenizer(uri: str) -> Tokenizer:
             return Tokenizer.load(storage.absolute(uri))
         with tempfile.TemporaryDirectory() as folder:
             return Tokenizer.load(_fetched(uri, folder))
-    except (ValueError, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # every object store has exceptions of its own
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise UserError(
-            storage.redacted(f"--corpus.tokenizer {uri}: {error}"),
-            "name a tokenizer.json or a folder with one, or with GPT-2's or BERT's files; leave it out to train one",
+            storage.redacted(f"the tokenizer {uri} cannot be used: {reason}"),
+            "give --corpus.tokenizer a tokenizer.json or a folder with one, or with GPT-2's or BERT's files; "
+            "leave it out to train one",
         ) from None
 
 

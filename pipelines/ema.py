@@ -1,6 +1,7 @@
-"""An exponential moving average of the weights, sharded the way ZeRO shards them.
+"""An exponential moving average of the weights that the model computes with, sharded the way ZeRO shards them.
 
-Each rank averages the tensors it holds: whole parameters under stages 1 and 2, its flat slices under stage 3.
+Each rank averages the tensors it holds: whole parameters under stages 1 and 2, its flat slices under stage 3. In a
+bfloat16 run these are bfloat16; the average itself is kept and exported in float32.
 """
 
 import contextlib

@@ -3,22 +3,20 @@
 Everything goes through the library's public functions, so that the numbers are those a user of the library gets.
 """
 
-import contextlib
-import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pipelines import runtime, storage
 from pipelines.errors import UserError
 from pipelines.manifest import read_manifest, write_manifest
+from pipelines.model_folder import local_model
 from pipelines.progress import Progress, silent
 
 NAME = "evaluation.json"
-_MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "SHA256SUMS")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +93,7 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, str], progress: Progre
     device = "cuda" if torch.cuda.is_available() else "cpu"
     corpus = read_manifest(inputs["corpus"])
     read_manifest(inputs["export"])
-    with tempfile.TemporaryDirectory(prefix="armd-") as cache, _model_folder(inputs["export"], cache) as folder:
+    with tempfile.TemporaryDirectory(prefix="armd-") as cache, local_model(inputs["export"]) as folder:
         try:
             model, tokenizer = armd.load(folder, device=device)
         except ValueError as error:
@@ -278,16 +276,3 @@ def _unigram(corpus: Mapping[str, Any]) -> dict[str, float]:
 
     nats = float(corpus["unigram"]["validation_nats_per_token"])
     return {"nats_per_token": nats, "perplexity": armd.perplexity(nats, 1)}
-
-
-@contextlib.contextmanager
-def _model_folder(export_dir: str, cache: str) -> Iterator[str]:
-    """The model's files in a local folder: where they are, or copied from the object store."""
-    if storage.is_local(export_dir):
-        yield storage.absolute(export_dir)
-        return
-    with tempfile.TemporaryDirectory(prefix="armd-model-") as folder:
-        for name in _MODEL_FILES:
-            os.replace(storage.fetch_file(storage.join(export_dir, name), cache), os.path.join(folder, name))
-        yield folder
-

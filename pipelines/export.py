@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import armd
-from armd.config import Architecture
+from armd.config import MODEL_FILES, Architecture
 from armd.tokenizer import Tokenizer
 from pipelines import checkpoint, ema, runtime, storage
 from pipelines.errors import UserError
@@ -19,9 +19,9 @@ from pipelines.manifest import read_manifest, write_manifest
 from pipelines.progress import Progress, silent
 from pipelines.windows import WindowIndex
 
-# The exported weights are float32. Training in float32 must be met to rounding; bfloat16 keeps 8 bits, and its
-# rounding of every activation shows in the third digit of a loss.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+# The exported weights are float32. Training in float32 must be met to rounding; bfloat16 rounds every weight and
+# activation to 8 bits, which averages out over thousands of tokens to about 1e-4 of the loss.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ def export(config: ExportConfig, inputs: Mapping[str, str], output_dir: str, pro
         folder = Path(scratch, "model")
         armd.save(folder, model, tokenizer)
         # SHA256SUMS last: on its own it promises the others.
-        for name in ("config.json", "model.safetensors", "tokenizer.json", "SHA256SUMS"):
+        for name in MODEL_FILES:
             storage.put_file(str(folder / name), storage.join(output_dir, name))
     progress.update(4, 4, "steps", "saved")
     return {

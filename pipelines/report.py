@@ -2,6 +2,7 @@
 
 import importlib.resources
 import json
+import os
 import string
 import subprocess
 import time
@@ -20,6 +21,7 @@ from pipelines.report_charts import short
 from pipelines.report_sections import duration, escape, figure
 
 NAME = "report.html"
+COMMIT_VARIABLE = "ARMD_COMMIT"
 STAGES = ("corpus", "train", "export", "evaluate", "deploy")
 
 
@@ -58,7 +60,12 @@ def run(
 
 
 def source_commit() -> str | None:
-    """The commit of the source tree that runs, with "+" where files differ from it; None outside a git checkout."""
+    """The commit of the source tree that runs, with "+" where files differ from it; None outside a git checkout.
+
+    A submitted job runs in a copy without git's history; there the environment variable ARMD_COMMIT says it.
+    """
+    if told := os.environ.get(COMMIT_VARIABLE):
+        return told
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None

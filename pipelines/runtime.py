@@ -1,8 +1,10 @@
 """The Ray cluster that a stage runs on: the one RAY_ADDRESS names, else a private one on this machine."""
 
+import atexit
 import logging
 import os
 import secrets
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -27,7 +29,19 @@ def on_cluster() -> bool:
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
-def connect(cpus: int = 4) -> None:
+_LEAST_CPUS = 4
+_reserved = [_LEAST_CPUS]
+
+
+def reserve(cpus: int) -> None:
+    """Make a private cluster that `connect` will start offer at least `cpus` logical CPUs.
+
+    Called before the first stage connects, since a cluster does not grow for the second.
+    """
+    _reserved.append(cpus)
+
+
+def connect(cpus: int = _LEAST_CPUS) -> None:
     """Join the cluster of RAY_ADDRESS, or start a private one that offers at least `cpus` logical CPUs.
 
     Does nothing where this process is connected already. Logical CPUs may exceed the cores: stages of the demo need a
@@ -48,7 +62,7 @@ def connect(cpus: int = 4) -> None:
     if on_cluster():
         options["address"] = os.environ["RAY_ADDRESS"]
     else:
-        options.update(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False)
+        options.update(address="local", num_cpus=max(cpus, *_reserved, os.cpu_count() or 1), include_dashboard=False)
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
@@ -92,7 +106,9 @@ def _use_private_token() -> None:
     if "ray" in sys.modules or {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
         return
     os.environ["RAY_AUTH_MODE"] = "token"
-    path = Path(tempfile.mkdtemp(prefix="armd-")) / "token"
+    folder = tempfile.mkdtemp(prefix="armd-token-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = Path(folder, "token")
     path.touch(mode=0o600)
     path.write_text(secrets.token_hex(32))
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)

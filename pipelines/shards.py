@@ -10,7 +10,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,7 @@ def unit_key(unit: Sequence[InputFile], settings: UnitSettings) -> str:
     """Identity of the unit's shards: the files as they are now, the settings and the tokenizer."""
     identity = {
         "version": _VERSION,
-        "files": [asdict(file) for file in unit],
+        "files": [file.identity for file in unit],
         "tokenizer": storage.sha256_bytes(settings.tokenizer_json.encode("utf-8")),
         "text_field": settings.text_field,
         "validation_fraction": settings.validation_fraction,

@@ -23,6 +23,8 @@ class InputFile:
 
     uri: str
     """Where it is: an absolute path, a full URI, or python-docs:PATH."""
+    name: str
+    """Which source it comes from, from 0, and its path below that: 0:folder/a.txt. Stays when the source is moved."""
     format: str
     """python-docs, or one of `FORMATS`."""
     compression: str
@@ -30,7 +32,12 @@ class InputFile:
     size: int
     """Bytes."""
     version: str
-    """Changes when the content does."""
+    """Changes when the content does: the modification time in ns, or the object store's version (ETag)."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What stands for the content, JSON-able: all but where the file is. The content itself is not read."""
+        return {name: value for name, value in asdict(self).items() if name != "uri"}
 
 
 def input_files(sources: Iterable[str]) -> list[InputFile]:
@@ -40,8 +47,8 @@ def input_files(sources: Iterable[str]) -> list[InputFile]:
         UserError: a source does not exist, cannot be read, matches nothing usable, or holds only empty files.
     """
     found: dict[str, InputFile] = {}
-    for source in sources:
-        files = _python_docs() if source == PYTHON_DOCS else _stored(source)
+    for number, source in enumerate(sources):
+        files = _python_docs(number) if source == PYTHON_DOCS else _stored(source, number)
         if not any(file.size for file in files):
             raise UserError(
                 storage.redacted(f"the source {source} holds no text: every file is empty"),
@@ -53,7 +60,10 @@ def input_files(sources: Iterable[str]) -> list[InputFile]:
 
 
 def fingerprint(sources: Iterable[str]) -> list[dict[str, Any]]:
-    """What each source holds right now, JSON-able: changes when a file is added, removed or changed; reads no file.
+    """What each source holds right now, JSON-able; reads no file.
+
+    Of each file its path relative to the source, its size and its modification time or ETag count: it changes when a
+    file is added, removed, renamed or written, and stays when the source is moved as it is (`mv`, `cp -a`).
 
     Raises:
         UserError: as `input_files`.
@@ -61,12 +71,10 @@ def fingerprint(sources: Iterable[str]) -> list[dict[str, Any]]:
     result = []
     for source in sources:
         files = input_files([source])
-        listing = json.dumps([asdict(file) for file in files], sort_keys=True)
+        listing = json.dumps([file.identity for file in files], sort_keys=True)
         total = sum(file.size for file in files)
         digest = storage.sha256_bytes(listing.encode())
-        result.append(
-            {"source": storage.redacted(source), "files": len(files), "bytes": total, "listing_sha256": digest}
-        )
+        result.append({"files": len(files), "bytes": total, "listing_sha256": digest})
     return result
 
 
@@ -89,10 +97,11 @@ def work_units(files: Sequence[InputFile], unit_bytes: int) -> list[tuple[InputF
     return [tuple(unit) for unit in units]
 
 
-def _python_docs() -> list[InputFile]:
+def _python_docs(number: int) -> list[InputFile]:
     files = [
         InputFile(
             uri=f"{PYTHON_DOCS}:{path}",
+            name=f"{number}:{path}",
             format=PYTHON_DOCS,
             compression="",
             size=size,
@@ -108,7 +117,7 @@ def _python_docs() -> list[InputFile]:
     return files
 
 
-def _stored(source: str) -> list[InputFile]:
+def _stored(source: str, number: int) -> list[InputFile]:
     """The files of a path or URI: a file, a folder, or a glob."""
     is_pattern = any(character in source for character in "*?[")
     try:
@@ -124,7 +133,7 @@ def _stored(source: str) -> list[InputFile]:
             storage.redacted(f"the source {source} cannot be read: {reason}"),
             "check the name, the credentials and, for other stores than AWS, AWS_ENDPOINT_URL",
         ) from None
-    files = [_input_file(entry) for entry in entries]
+    files = [_input_file(entry, number) for entry in entries]
     usable = [file for file in files if file is not None]
     if not usable:
         raise _nothing(source, is_pattern, len(entries))
@@ -147,11 +156,18 @@ def _nothing(source: str, is_pattern: bool, n_others: int) -> UserError:
     return UserError(storage.redacted(f"the source {source} does not exist"), "check the name in --corpus.sources")
 
 
-def _input_file(entry: storage.Entry) -> InputFile | None:
-    """The file with its format by its name's ending, None where the ending is none that can be read."""
+def _input_file(entry: storage.Entry, number: int) -> InputFile | None:
+    """The file, of source `number`, with its format by its name's ending; None where that is none that can be read."""
     name = entry.uri.rsplit("/", 1)[-1].lower()
     compression = next((kind for kind in COMPRESSIONS if name.endswith("." + kind)), "")
     kind = name.removesuffix("." + compression).rsplit(".", 1)[-1] if "." in name else ""
     if kind not in FORMATS:
         return None
-    return InputFile(uri=entry.uri, format=kind, compression=compression, size=entry.size, version=entry.version)
+    return InputFile(
+        uri=entry.uri,
+        name=f"{number}:{entry.name}",
+        format=kind,
+        compression=compression,
+        size=entry.size,
+        version=entry.version,
+    )

@@ -21,6 +21,10 @@ from typing import IO, Any
 from pipelines.errors import UserError
 
 _TEMPORARY = re.compile(r"^\.armd-.*\.tmp$")
+_SECRET_VALUE = re.compile(
+    r"""([?&;#](?:[^=&\s"']*(?:signature|credential|secret|token|passw|key)[^=&\s"']*|sig|pwd)=)[^&\s"'\\]+""",
+    re.IGNORECASE,
+)  # of a URI's query: X-Amz-Signature=.., sig=.., access_token=..
 _SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
@@ -30,6 +34,8 @@ class Entry:
 
     uri: str
     """Absolute path or full URI."""
+    name: str
+    """Path below what was asked for: the folder, or a pattern's last folder without a wildcard; a file's own name."""
     size: int
     """Bytes."""
     version: str
@@ -39,6 +45,17 @@ class Entry:
 def is_local(uri: str) -> bool:
     """True for a path of this machine, `file://` included."""
     return "://" not in uri or uri.startswith("file://")
+
+
+def check_place(uri: str, name: str) -> None:
+    """Refuse what names no place at all, an empty string or a scheme alone; touches nothing.
+
+    Raises:
+        ValueError: naming the setting `name` and the value.
+    """
+    rest = uri.rpartition("://")[2].strip()
+    if not (rest if is_local(uri) else rest.strip("/")):
+        raise ValueError(f"{name} must be a folder, or a URI with a bucket such as s3://bucket/runs, not {uri!r}")
 
 
 def absolute(uri: str) -> str:
@@ -55,8 +72,13 @@ def join(base: str, *parts: str) -> str:
 
 
 def redacted(text: str) -> str:
-    """`text` for messages: without user:password@ in a URI and without the values of the environment's AWS secrets."""
+    """`text` for messages, without credentials.
+
+    Left out are user:password@ in a URI, the values of its query that are named like a signature, key, token or
+    password, and the environment's AWS secrets.
+    """
     text = re.sub(r"(://)[^/@\s]+@", r"\1", text)
+    text = _SECRET_VALUE.sub(r"\1***", text)
     for name in _SECRETS:
         value = os.environ.get(name, "")
         if len(value) >= 8:
@@ -104,11 +126,14 @@ def find(uri: str) -> list[Entry]:
     """
     if is_local(uri):
         path = absolute(uri)
-        return _local_entries([path] if os.path.isfile(path) else sorted(_walk(path)))
+        if os.path.isfile(path):
+            return _local_entries([path], os.path.dirname(path))
+        return _local_entries(sorted(_walk(path)), path)
     filesystem, path = _remote(uri)
     found = filesystem.find(path, detail=True)
     hidden = {name for name in found if name != path and _is_hidden(name.removeprefix(path))}
-    return [_remote_entry(filesystem, found[name]) for name in sorted(found) if name not in hidden]
+    base = path.rpartition("/")[0] if path in found else path
+    return [_remote_entry(filesystem, found[name], base) for name in sorted(found) if name not in hidden]
 
 
 def glob(pattern: str) -> list[Entry]:
@@ -116,15 +141,16 @@ def glob(pattern: str) -> list[Entry]:
     if is_local(pattern):
         import glob as local_glob
 
-        matches = sorted(local_glob.glob(absolute(pattern), recursive=True))
-        return _local_entries([match for match in matches if os.path.isfile(match)])
+        path = absolute(pattern)
+        matches = sorted(local_glob.glob(path, recursive=True))
+        return _local_entries([match for match in matches if os.path.isfile(match)], _fixed_folder(path))
     filesystem, path = _remote(pattern)
     found = filesystem.glob(path, detail=True)
     fixed = re.split(r"[*?\[]", path, maxsplit=1)[0]
     names = [name for name in sorted(found) if found[name]["type"] == "file"]
     if not _is_hidden(path.removeprefix(fixed)):
         names = [name for name in names if not _is_hidden(name.removeprefix(fixed))]
-    return [_remote_entry(filesystem, found[name]) for name in names]
+    return [_remote_entry(filesystem, found[name], _fixed_folder(path)) for name in names]
 
 
 def make_dir(uri: str) -> None:
@@ -269,7 +295,7 @@ def fetch_file(uri: str, cache_dir: str) -> str:
             raise FileNotFoundError(path)
         return path
     filesystem, path = _remote(uri)
-    entry = _remote_entry(filesystem, filesystem.info(path))
+    entry = _remote_entry(filesystem, filesystem.info(path), "")
     key = sha256_bytes(f"{entry.uri} {entry.size} {entry.version}".encode())[:16]
     target = os.path.join(absolute(cache_dir), f"{key}-{os.path.basename(path)}")
     if not os.path.isfile(target):
@@ -328,16 +354,34 @@ def _remote(uri: str) -> tuple[Any, str]:
     return filesystem, path
 
 
-def _remote_entry(filesystem: Any, info: dict[str, Any]) -> Entry:
+def _fixed_folder(pattern: str) -> str:
+    """The part of `pattern` before the first component with a wildcard."""
+    return re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")[0]
+
+
+def _remote_entry(filesystem: Any, info: dict[str, Any], base: str) -> Entry:
     version = next(
         (info[key] for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created") if key in info), ""
     )
-    return Entry(uri=filesystem.unstrip_protocol(info["name"]), size=int(info["size"] or 0), version=str(version))
+    return Entry(
+        uri=filesystem.unstrip_protocol(info["name"]),
+        name=info["name"].removeprefix(base).lstrip("/"),
+        size=int(info["size"] or 0),
+        version=str(version),
+    )
 
 
-def _local_entries(paths: list[str]) -> list[Entry]:
+def _local_entries(paths: list[str], base: str) -> list[Entry]:
     stats = [(path, os.stat(path)) for path in paths]
-    return [Entry(uri=path, size=stat.st_size, version=str(stat.st_mtime_ns)) for path, stat in stats]
+    return [
+        Entry(
+            uri=path,
+            name=path.removeprefix(base).lstrip("/"),
+            size=stat.st_size,
+            version=str(stat.st_mtime_ns),
+        )
+        for path, stat in stats
+    ]
 
 
 def _walk(folder: str) -> Iterator[str]:

@@ -28,13 +28,15 @@ def run(config: TrainConfig, inputs: Mapping[str, str], output_dir: str, progres
         UserError: the cluster has fewer workers than asked, training diverged, or a file is not as its manifest says.
     """
     started = time.time()
-    read_manifest(inputs["corpus"])
-    runtime.connect(cpus=max(4, config.n_workers + 2))
+    corpus, output_dir = storage.absolute(inputs["corpus"]), storage.absolute(output_dir)  # workers run elsewhere
+    read_manifest(corpus)
+    runtime.connect(cpus=config.n_workers + 2)
     use_gpu = _use_gpu(config)
-    wait_for_workers(config.n_workers, use_gpu, config.wait_for_nodes)
-    progress.update(0, config.total_steps, "steps", f"starting {config.n_workers} workers")
-    with _watching(config.total_steps, progress) as board:
-        summary = _fit(config, inputs["corpus"], output_dir, use_gpu, board)
+    with places(config.n_workers, use_gpu, config.wait_for_nodes, progress):
+        where = "GPUs" if use_gpu else "CPU processes"
+        progress.update(0, config.total_steps, "steps", f"starting {config.n_workers} workers on {where}")
+        with _watching(config.total_steps, progress) as board:
+            summary = _fit(config, corpus, output_dir, use_gpu, board)
     return write_manifest(output_dir, "train", summary, started)
 
 
@@ -42,16 +44,18 @@ def _fit(config: TrainConfig, corpus: str, output_dir: str, use_gpu: bool, board
     import ray.train
     from ray.train.torch import TorchTrainer
 
+    from pipelines.train_loop import Job
+
     # Ray's own record of a run is of no use to a later one, so each attempt has a name and a folder of its own.
     attempt = f"{os.path.basename(storage.absolute(output_dir))}-{secrets.token_hex(3)}"
     scratch = tempfile.mkdtemp(prefix="armd-train-")
-    settings = {"config": config, "corpus": corpus, "output": output_dir, "board": board, "run": attempt}
+    job = Job(config=config, corpus=corpus, output=output_dir, device="cuda" if use_gpu else "cpu")
     environment = dict(runtime.WORKER_ENVIRONMENT)
-    if not use_gpu:
-        environment["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported: a compiler must not be looked for
+    if not use_gpu:  # before DeepSpeed is imported; Ray hides no GPU from a worker that asked for none
+        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     trainer = TorchTrainer(
         work,
-        train_loop_config=settings,
+        train_loop_config={"job": job, "board": board, "run": attempt},
         scaling_config=ray.train.ScalingConfig(num_workers=config.n_workers, use_gpu=use_gpu),
         run_config=ray.train.RunConfig(
             name=attempt,
@@ -61,26 +65,34 @@ def _fit(config: TrainConfig, corpus: str, output_dir: str, use_gpu: bool, board
         ),
     )
     try:
-        outcome = trainer.fit().return_value
+        summary: dict[str, Any] | None = trainer.fit().return_value
     except Exception as error:
-        known = user_error_in(error)
+        known = _posted_error(board) or user_error_in(error)
         if known is None:
             raise
         raise known from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    if "error" in outcome:
-        raise UserError(*outcome["error"])
-    return outcome["summary"]
+    if summary is None:
+        raise _posted_error(board) or RuntimeError("the workers ended without a summary or an error")
+    return summary
 
 
-def work(settings: dict[str, Any]) -> dict[str, Any]:
-    """What each Ray worker runs. An error that the user must mend is an outcome: a retry would only meet it again."""
+def work(settings: dict[str, Any]) -> dict[str, Any] | None:
+    """What each Ray worker runs: rank 0's summary, None after an error that the user must mend.
+
+    Such an error may strike one rank while the others wait for it. So it is put up where the driver looks and raised
+    here, whereupon Ray ends all ranks; the group that it then starts finds the error and does not meet it again.
+    """
+    import ray
     import torch.distributed as dist
 
     from pipelines.metrics import Gauges
-    from pipelines.train_loop import Job, train
+    from pipelines.train_loop import train
 
+    board = settings["board"]
+    if ray.get(board.error.remote()) is not None:
+        return None
     gauges = Gauges(settings["run"]) if dist.get_rank() == 0 else None
     last = 0.0
 
@@ -90,32 +102,54 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
             gauges.set(record)
         if record["kind"] == "validation" or time.monotonic() - last > 0.5:
             last = time.monotonic()
-            settings["board"].post.remote(record)
+            board.post.remote(record)
 
-    job = Job(config=settings["config"], corpus=settings["corpus"], output=settings["output"])
     try:
-        return {"summary": train(job, watch)}
+        return train(settings["job"], watch)
     except UserError as error:
-        return {"error": error.args}
+        ray.get(board.fail.remote(error.args))
+        raise
 
 
-def wait_for_workers(n_workers: int, use_gpu: bool, seconds: float) -> None:
-    """Return when the cluster has a place for every worker.
+def _posted_error(board: Any) -> UserError | None:
+    import ray
+
+    found = ray.get(board.error.remote())
+    return None if found is None else UserError(*found)
+
+
+@contextlib.contextmanager
+def places(n_workers: int, use_gpu: bool, seconds: float, progress: Progress = silent) -> Iterator[None]:
+    """A block in which the cluster has a place for every worker.
 
     Ray itself would leave a run that cannot be placed pending without a word. An autoscaling cluster is asked to grow
-    and given `seconds`.
+    and given `seconds`; it may shrink again when the block ends.
 
     Raises:
         UserError: the places are still missing then; says how many there are.
     """
+    from ray.autoscaler.sdk import request_resources
+
+    asked = False
+    try:
+        asked = _wait_for_places(n_workers, "GPU" if use_gpu else "CPU", seconds, progress)
+        yield
+    finally:
+        if asked:
+            request_resources(bundles=[])  # else the autoscaler would hold the nodes for ever
+
+
+def _wait_for_places(n_workers: int, kind: str, seconds: float, progress: Progress) -> bool:
+    """Wait; whether the autoscaler was asked to grow."""
     import ray
     from ray.autoscaler.sdk import request_resources
 
-    kind = "GPU" if use_gpu else "CPU"
     deadline = time.monotonic() + (seconds if runtime.on_cluster() else 0)
     asked = False
     while (there := int(ray.cluster_resources().get(kind, 0))) < n_workers:
         if time.monotonic() > deadline:
+            if asked:
+                request_resources(bundles=[])
             raise UserError(
                 f"{n_workers} training workers need {n_workers} {kind}s, the cluster has {there}",
                 f"pass --train.n-workers {there}" if there else "add nodes to the cluster, or pass --train.device cpu",
@@ -123,14 +157,17 @@ def wait_for_workers(n_workers: int, use_gpu: bool, seconds: float) -> None:
         if not asked:
             request_resources(bundles=[{kind: 1}] * n_workers)
             asked = True
+        left = max(0.0, deadline - time.monotonic())
+        progress.update(there, n_workers, f"{kind}s", f"waiting {left:.0f} s more for the cluster to grow")
         time.sleep(1)
+    return asked
 
 
 def _use_gpu(config: TrainConfig) -> bool:
     import ray
 
     if config.device == "auto":
-        return ray.cluster_resources().get("GPU", 0) > 0
+        return ray.cluster_resources().get("GPU", 0) >= config.n_workers
     return config.device == "gpu"
 
 
@@ -167,6 +204,7 @@ class _Board:
 
     def __init__(self) -> None:
         self._records: list[dict[str, Any]] = []
+        self._error: tuple[str, str] | None = None
 
     def post(self, record: dict[str, Any]) -> None:
         """Put up a record."""
@@ -176,3 +214,11 @@ class _Board:
         """Take down all records."""
         records, self._records = self._records, []
         return records
+
+    def fail(self, error: tuple[str, str]) -> None:
+        """Put up what a user must mend; the first one stays."""
+        self._error = self._error or error
+
+    def error(self) -> tuple[str, str] | None:
+        """What a user must mend, None where nothing was put up."""
+        return self._error

@@ -1,5 +1,6 @@
 """What a training run is: schedules, batch, optimiser, workers. Imports neither ray nor torch."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -57,7 +58,7 @@ class TrainConfig:
     n_workers: int = 1
     """Training processes: one a GPU where there are GPUs, else CPU processes."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """What the workers ask of the cluster; auto: GPUs where it has some when the stage begins."""
+    """What the workers ask of the cluster; auto: GPUs where it has one for each when the stage begins, else CPUs."""
     wait_for_nodes: float = 45.0
     """Seconds to wait for an autoscaling cluster to grow to the workers' needs before giving up."""
     max_failures: int = 3
@@ -79,6 +80,7 @@ class TrainConfig:
         _at_least(self, 1, "batch_size", "micro_batch_size", "n_workers", "log_every", "validate_every")
         _at_least(self, 1, "validation_windows", "checkpoint_every", "keep_checkpoints")
         _at_least(self, 0, "steps", "strided_steps", "ar_steps", "max_shuffled", "warmup_steps", "weight_decay", "clip")
+        _at_least(self, 0, "max_failures", "wait_for_nodes")
         if self.total_steps < 1:
             raise ValueError("steps + strided_steps must be at least 1, not 0")
         if self.permutation_steps < self.ar_steps:
@@ -97,8 +99,8 @@ class TrainConfig:
         for name in ("prefix_probability", "min_learning_rate_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be more than 0, not {self.learning_rate}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be more than 0 and finite, not {self.learning_rate}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be at least 0 and less than 1, not {self.betas}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
@@ -117,5 +119,6 @@ class TrainConfig:
 
 def _at_least(config: TrainConfig, least: float, *names: str) -> None:
     for name in names:
-        if getattr(config, name) < least:
+        value = getattr(config, name)
+        if not (value >= least and math.isfinite(value)):  # not a number is neither
             raise ValueError(f"{name} must be at least {least}, not {getattr(config, name)}")

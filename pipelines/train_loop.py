@@ -5,35 +5,34 @@ checkpoint holds everything else.
 """
 
 import contextlib
-import logging
 import math
 import os
 import secrets
-import tempfile
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from armd.model import ARMD
-from armd.objective import nats, seeded
+from armd.objective import nats
 from armd.optim import adamw, learning_rate
 from armd.order import Order
+from armd.randomness import seeded
 from armd.tokenizer import Tokenizer
-from pipelines import checkpoint, storage, zero
+from pipelines import storage, zero
 from pipelines.batches import Batches, MicroBatch, schedule
 from pipelines.ema import Ema
 from pipelines.errors import UserError
 from pipelines.manifest import read_manifest
-from pipelines.metrics import FILE, MetricsLog
+from pipelines.metrics import FILE, MetricsLog, read_metrics
+from pipelines.saving import Saver, agree
 from pipelines.train_config import TrainConfig
 from pipelines.windows import WindowIndex
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +44,8 @@ class Job:
     """Directory or URI of the finished corpus."""
     output: str
     """Directory or URI of this training stage, which all workers can reach."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to compute; with "cuda" each worker takes the GPU of its LOCAL_RANK."""
 
 
 Watch = Callable[[dict[str, Any]], None]
@@ -58,11 +59,7 @@ def train(job: Job, watch: Watch) -> dict[str, Any]:
         UserError: the output is not shared by the workers, a file is not as its manifest says, or a loss or gradient
             is not finite.
     """
-    worker = Worker(job, watch)
-    try:
-        return worker.run()
-    finally:
-        worker.close()
+    return Worker(job, watch).run()
 
 
 class Worker:
@@ -72,30 +69,18 @@ class Worker:
         self.job, self.config, self.watch = job, job.config, watch
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         assert self.world == self.config.n_workers, "the batch is cut by the configuration's number of workers"
-        self.device = _device()
-        self.bfloat16 = _is_bfloat16(self.config, self.device)
-        if self.device.type == "cpu":
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.world))
-        self.attempt: str = self.agree(secrets.token_hex(4))
-        self.scratch = tempfile.TemporaryDirectory(prefix="armd-train-")
-        self.checkpoints = storage.join(job.output, "checkpoints")
-        self._check_shared()
-
+        self.device = _device(job)
+        self.dtype = _dtype(self.config, self.device)
+        self.saver = Saver(job.output, agree(secrets.token_hex(4), self.device), self.device)
         self.corpus_sha = storage.sha256_file(storage.join(job.corpus, "manifest.json"))
-        corpus = read_manifest(job.corpus)
         train_windows = WindowIndex(job.corpus, "train")
         self.validation = WindowIndex(job.corpus, "validation")
         _check_windows(train_windows, self.validation)
         self.length = train_windows.sequence_length
         self.batches = Batches(self.config, train_windows, self.rank, pin_memory=self.device.type == "cuda")
         self.schedule = schedule(self.config)
-        tokenizer = Tokenizer.load(_tokenizer_file(job.corpus, self.scratch.name))
-        if tokenizer.sha256 != corpus["tokenizer_sha256"]:
-            raise UserError(
-                f"{storage.join(job.corpus, 'tokenizer.json')} is not the tokenizer that made the corpus's shards",
-                "remove the corpus's manifest.json and run the same command again to make it anew",
-            )
-        model_config = self.config.architecture.model_config(tokenizer.vocab_size, self.length)
+        vocab_size = _tokenizer(job.corpus).vocab_size
+        model_config = self.config.architecture.model_config(vocab_size, self.length)
         model = ARMD(model_config, generator=seeded("weights", self.config.seed)).to(self.device)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         optimizer = adamw(
@@ -104,7 +89,7 @@ class Worker:
             betas=self.config.betas,
             weight_decay=self.config.weight_decay,
         )
-        self.engine = zero.initialize(Nats(model), optimizer, self.config, bfloat16=self.bfloat16)
+        self.engine = zero.initialize(Nats(model), optimizer, self.config, bfloat16=self.dtype == "bfloat16")
         self.ema = Ema(self.engine, self.config.ema_decay) if self.config.ema_decay else None
         self.step = self._resume()
         log_uri = storage.join(job.output, FILE)
@@ -112,9 +97,7 @@ class Worker:
 
     def run(self) -> dict[str, Any]:
         """All steps that are left, and the summary."""
-        config = self.config
-        started, first_step, since = time.perf_counter(), self.step, _Meter()
-        validated: dict[str, float] = {}
+        config, since = self.config, _Meter()
         for micro_batches in self.batches.from_step(self.step):
             loss = self._train_step(micro_batches)
             self.step += 1
@@ -125,19 +108,14 @@ class Worker:
             if self.step % config.log_every == 0 or last:
                 self._record(self._metrics(since))
                 since = _Meter()
+            validation = None
             if self.step % config.validate_every == 0 or last:
-                validated = self._validate(last)
+                validation = self._validate(last)
                 since.pause()
             if self.step % config.checkpoint_every == 0 or last:
-                self._save(validated if last else None)
+                self._save(validation)
                 since.pause()
-        seconds = time.perf_counter() - started
-        done = self.step - first_step
-        return self._summary(validated, done * config.batch_size * self.length / seconds if done else 0.0)
-
-    def close(self) -> None:
-        """Give back scratch files."""
-        self.scratch.cleanup()
+        return self._summary()
 
     def _train_step(self, micro_batches: list[MicroBatch]) -> float:
         """Forward, backward and update; the loss of the global batch in nats a token.
@@ -164,7 +142,7 @@ class Worker:
 
     @torch.no_grad()
     def _validate(self, last: bool) -> dict[str, float]:
-        """Held-out nats a token, left to right and, from strided fine-tuning on, in each number of streams."""
+        """Held-out nats a token, left to right; from where strided fine-tuning begins in each number of streams too."""
         several = last or self.schedule.is_strided(self.step)
         streams = sorted({1, *self.config.streams}) if several else [1]
         losses = {}
@@ -194,77 +172,61 @@ class Worker:
         return loss_sum / count
 
     def _save(self, validation: dict[str, float] | None) -> None:
-        """A checkpoint by the protocol of checkpoint.py: shards of all ranks, a barrier, manifest, mark."""
-        path = storage.join(self.checkpoints, checkpoint.name(self.step, self.attempt))
-        with tempfile.TemporaryDirectory(prefix=".save-", dir=self._near(path)) as scratch:
-            self.engine.save_checkpoint(scratch, tag=checkpoint.TAG, save_latest=False)
-            if self.ema is not None:
-                self.ema.save(scratch, self.rank)
-            files = checkpoint.put_shards(scratch, path)
-        gathered: list[Any] = [None] * self.world
-        dist.all_gather_object(gathered, files)  # a barrier too: every rank's files are in place
-        if self.rank == 0:
-            assert self.log is not None
+        if self.log is not None:
             self.log.flush()
-            about = {
-                "step": self.step,
-                "world_size": self.world,
-                "zero_stage": self.config.zero_stage,
-                "config": asdict(self.config),
-                "parameters": self.parameters,
-                "sequence_length": self.length,
-                "data": {**self.batches.position(self.step), "manifest_sha": self.corpus_sha},
-                "validation": validation,
-            }
-            checkpoint.commit(path, [entry for entries in gathered for entry in entries], about)
-            checkpoint.prune(self.checkpoints, self.config.keep_checkpoints, self.attempt)
-        dist.barrier()
+        about = {
+            "step": self.step,
+            "world_size": self.world,
+            "zero_stage": self.config.zero_stage,
+            "dtype": self.dtype,
+            "config": asdict(self.config),
+            "parameters": self.parameters,
+            "sequence_length": self.length,
+            "data": {**self.batches.position(self.step), "manifest_sha": self.corpus_sha},
+            "validation": validation,
+        }
+        self.saver.save(self.engine, self.ema, about, self.config.keep_checkpoints)
 
     def _resume(self) -> int:
         """Load the newest committed checkpoint; the number of steps it has behind it, 0 where there is none."""
-        found = self.agree(checkpoint.newest(self.checkpoints) if self.rank == 0 else None)
+        found = self.saver.newest()
         if found is None:
             return 0
         path, manifest = found
+        anew = "remove the training stage's directory and run the same command again"
         if manifest["data"]["manifest_sha"] != self.corpus_sha:
+            raise UserError(f"checkpoint {path} was trained on another corpus than {self.job.corpus}", anew)
+        if manifest["dtype"] != self.dtype:
             raise UserError(
-                f"checkpoint {path} was trained on another corpus than {self.job.corpus}",
-                "remove the training stage's directory and run the same command again",
+                f"checkpoint {path} was trained in {manifest['dtype']}, this run computes in {self.dtype}",
+                f"pass --train.dtype {manifest['dtype']}, or run where it was begun; or {anew}",
             )
-        folder = checkpoint.local_copy(path, manifest, self.scratch.name)
-        loaded, _ = self.engine.load_checkpoint(folder, tag=checkpoint.TAG)
-        assert loaded is not None, f"DeepSpeed found nothing in {folder}"
-        if self.ema is not None:
-            self.ema.load(folder, self.rank)
-        logger.info("resumed after step %d from %s", manifest["step"], path)
+        self.saver.load(self.engine, self.ema, path, manifest)
         return int(manifest["step"])
 
-    def _summary(self, validation: dict[str, float], tokens_per_second: float) -> dict[str, Any]:
-        path, manifest = self.agree(checkpoint.newest(self.checkpoints) if self.rank == 0 else None)
-        assert manifest["step"] == self.step, "the last step is always saved"
+    def _summary(self) -> dict[str, Any]:
+        found = self.saver.newest()
+        assert found is not None, "the last step is always saved"
+        path, manifest = found
+        assert manifest["step"] == self.step
+        rates = [r["tokens_per_second"] for r in read_metrics(self.job.output) if r["kind"] == "train"]
         return {
-            "checkpoint": os.path.relpath(path, self.job.output) if storage.is_local(path) else path,
+            "checkpoint": "checkpoints/" + path.rstrip("/").rsplit("/", 1)[-1],
             "parameters": self.parameters,
             "steps": self.step,
             "tokens": self.step * self.config.batch_size * self.length,
             "epochs": manifest["data"]["consumed_samples"] / self.batches.n_windows,
             "final": {
-                "validation_nats_per_token": (validation or manifest["validation"])["1"],
-                "validation_nats_per_token_by_streams": validation or manifest["validation"],
+                "validation_nats_per_token": manifest["validation"]["1"],
+                "validation_nats_per_token_by_streams": manifest["validation"],
                 "averaged_weights": self.ema is not None,
             },
-            "tokens_per_second": tokens_per_second,
+            "tokens_per_second": statistics.median(rates),
             "world_size": self.world,
             "zero_stage": self.config.zero_stage,
-            "dtype": "bfloat16" if self.bfloat16 else "float32",
+            "dtype": self.dtype,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
         }
-
-    def agree(self, value: Any) -> Any:
-        """Rank 0's `value`, on every rank."""
-        values = [value]
-        dist.broadcast_object_list(values, src=0, device=self.device)
-        return values[0]
 
     def _summed(self, local: torch.Tensor) -> list[float]:
         """The sum over ranks, in float64 so that its rounding does not depend on their number."""
@@ -293,29 +255,6 @@ class Worker:
                 f"the {what} is {value} at step {self.step + 1}, learning rate {self._learning_rate(self.step):.3g}",
                 "lower --train.learning-rate or raise --train.warmup-steps; the checkpoints before this step are kept",
             )
-
-    def _check_shared(self) -> None:
-        """Every rank must see what rank 0 writes, or a checkpoint would lie in pieces on several machines."""
-        marker = storage.join(self.checkpoints, f"attempt-{self.attempt}")
-        if self.rank == 0:
-            storage.write_text(marker, "")
-        dist.barrier()
-        seen: list[Any] = [None] * self.world
-        dist.all_gather_object(seen, storage.exists(marker))
-        if self.rank == 0:
-            storage.remove_tree(marker)
-        if not all(seen):
-            raise UserError(
-                f"{self.job.output} is not shared by all {self.world} workers",
-                "give --root a folder on a shared file system or an s3:// URI",
-            )
-
-    def _near(self, path: str) -> str:
-        """Where scratch files go that will be moved to `path`: the same file system where that is local."""
-        if not storage.is_local(path):
-            return self.scratch.name
-        storage.make_dir(self.checkpoints)
-        return self.checkpoints
 
     def _metrics(self, since: "_Meter") -> dict[str, Any]:
         step = self.step - 1  # the step just done, counted from 0 as the schedules do
@@ -380,16 +319,22 @@ class Nats(torch.nn.Module):
         return nats(self.model, tokens_BN, order)
 
 
-def _device() -> torch.device:
-    if not torch.cuda.is_available():
+def _device(job: Job) -> torch.device:
+    if job.device == "cpu":
+        # As many threads as the machine has for each of the workers on it.
+        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
 
 
-def _is_bfloat16(config: TrainConfig, device: torch.device) -> bool:
-    return config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+def _dtype(config: TrainConfig, device: torch.device) -> str:
+    """What the forward and backward pass compute in."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "bfloat16" if device.type == "cuda" else "float32"
 
 
 def _check_windows(train: WindowIndex, validation: WindowIndex) -> None:
@@ -401,5 +346,13 @@ def _check_windows(train: WindowIndex, validation: WindowIndex) -> None:
             )
 
 
-def _tokenizer_file(corpus: str, scratch: str) -> str:
-    return storage.fetch_file(storage.join(corpus, "tokenizer.json"), scratch)
+def _tokenizer(corpus: str) -> Tokenizer:
+    """The corpus's tokenizer, which must be the one that made its shards."""
+    path = storage.join(corpus, "tokenizer.json")
+    tokenizer = Tokenizer.from_json(storage.read_text(path))
+    if tokenizer.sha256 != read_manifest(corpus)["tokenizer_sha256"]:
+        raise UserError(
+            f"{path} is not the tokenizer that made the corpus's shards",
+            "remove the corpus's manifest.json and run the same command again to make it anew",
+        )
+    return tokenizer

@@ -16,7 +16,7 @@ def tiny_model(
     n_heads: int = 2,
     d_prefix: int = 8,
     seed: int = 0,
-    scale: float = 6.0,
+    scale: float = 1.5,
 ) -> ARMD:
     """A float64 model whose weights are large enough for every part to matter in its output."""
     architecture = Architecture(

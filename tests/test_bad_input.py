@@ -139,12 +139,19 @@ USAGE = [
     ("run demo --zzz 1", "--zzz", "`armd run demo --help`"),
     ("run demo extra", "'extra'", "`armd run demo --help`"),
     ("run demo --root", "--root", "STR"),
+    ("run demo --root=", "--root must be a folder", "default, runs,"),
+    ("run demo --root s3://", "'s3://'", "s3://bucket/runs"),
+    ("plan demo --root s3:///", "'s3:///'", "s3://bucket/runs"),
     ("run demo --train.betas 0.9", "--train.betas", "FLOAT"),
     ("run demo --train.steps many", "--train.steps cannot be 'many'", "INT"),
     ("run demo --train.steps=1.5", "'1.5'", "INT"),
     ("run demo --train.dtype float61", "'float61'", "float32"),
     ("run demo --train.zero-stage 4", "'4'", "1, 2, 3"),
-    ("run demo --train.steps -5", "--train.steps must be at least 0, not -5", "--train.steps"),
+    (
+        "run demo --train.steps -5",
+        "--train.steps must be at least 0, not -5",
+        "or choose what fits: at least 0",
+    ),
     ("run demo --train.batch-size 15", "15", "--train.batch-size"),
     ("run demo --train.micro-batch-size 3", "3", "--train.micro-batch-size"),
     ("run demo --train.learning-rate 0", "0", "--train.learning-rate"),
@@ -159,7 +166,7 @@ USAGE = [
     ("run demo --corpus.max-quarantined 2", "2", "--corpus.max-quarantined"),
     ("run demo --evaluate.top-p 0", "0", "--evaluate.top-p"),
     ("run demo --evaluate.streams 0", "0", "--evaluate.streams"),
-    ("run demo --deploy.port 70000", "70000", "--deploy.port"),
+    ("run demo --deploy.port 70000", "70000", "default, 8000, or choose what fits: between 1 and 65535"),
     ("plan demo --tokens-per-second 0", "0", "--tokens-per-second"),
     ("sample", "MODEL_DIR", "`armd sample --help`"),
     ("sample MODEL --n-stream 2", "--n-stream", "--n-streams"),
@@ -167,12 +174,16 @@ USAGE = [
     ("sample MODEL --temperature -1", "-1", "--temperature"),
     ("sample MODEL --top-p 1.5", "1.5", "--top-p"),
     ("sample MODEL --max-tokens -1", "-1", "--max-tokens"),
-    ("sample MODEL --n 0", "0", "--n"),
+    ("sample MODEL --n 0", "--n must be at least 1, not 0", "default, 1, or"),
+    ("sample MODEL --mode exact", "there is no option --mode", "`armd sample --help` lists"),
+    ("sample MODEL --watch", "there is no option --watch", "`armd sample --help` lists"),
+    ("sample MODEL --model-di x", "there is no option --model-di", "`armd sample --help` lists"),
     ("score MODEL", "FILE", "`armd score --help`"),
     ("score MODEL texts/a.txt --n-streams 0", "0", "--n-streams"),
     ("serve", "MODEL_DIR", "`armd serve --help`"),
     ("serve MODEL --port 70000", "70000", "--port"),
     ("doctor --rot x", "--rot", "--root"),
+    ("doctor --port 99999999", "--port must be between 1 and 65535", "8000"),
 ]
 
 
@@ -208,6 +219,9 @@ MISTAKES = [
     ("score MODEL empty/a.txt", "empty/a.txt", "text"),
     ("score MODEL latin1.txt", "latin1.txt", "utf-8"),
     ("score MODEL texts", "texts", "file"),
+    ("run demo SMALL --root ROOT --until train --train.batch-size 100000 TOO_MANY", "cores", "--train.n-workers"),
+    ("run demo --root ROOT --deploy.port PORT", "PORT", "--deploy.port"),
+    ("run demo --root ROOT --deploy.host 0.0.0.0", "0.0.0.0", "ARMD_API_KEY"),
     ("serve missing-model", "missing-model", "export"),
     ("serve MODEL --port PORT", "PORT", "port"),
     ("serve MODEL --host 0.0.0.0", "0.0.0.0", "ARMD_API_KEY"),
@@ -218,6 +232,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("command", "what", "mend"), MISTAKES, ids=[line for line, *_ in MISTAKES])
 def test_a_mistake(command: str, what: str, mend: str, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     words = {"ROOT": [str(place.root)], "MODEL": [str(place.step("export"))], "PORT": [str(place.port)]}
+    words |= {"TOO_MANY": ["--train.n-workers", "10000", "--train.micro-batch-size", "1", "--train.seed", "1"]}
     words |= {"SMALL": SMALL, "LONG": ["Return. " * 40]}
     arguments = [one for word in command.split() for one in words.get(word, [word])]
     status, error, fix = refuse(arguments, capsys)

@@ -65,11 +65,39 @@ def test_a_mark_that_is_not_the_manifests_sum_does_not_count(tmp_path: Path, con
     assert checkpoint.newest(str(tmp_path)) is None
 
 
-def test_pruning_keeps_the_newest_and_this_attempts_work(tmp_path: Path) -> None:
-    kept = [save(tmp_path, step) for step in (1, 2, 3)][1:]
-    stale = save(tmp_path, 4, attempt="a" * 8, commit=False)
-    current = save(tmp_path, 5, attempt="b" * 8, commit=False)
-    checkpoint.prune(str(tmp_path), keep=2, attempt="b" * 8)
-    left = {path.name for path in tmp_path.iterdir() if path.name.startswith("step-")}
-    assert left == {kept[0].name, kept[1].name, current.name}
-    assert not stale.exists()
+def left_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.name != "scratch"}
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3, 9])
+def test_pruning_keeps_the_latest_and_those_before_it(tmp_path: Path, keep: int) -> None:
+    saved = [save(tmp_path, step) for step in (1, 2, 3)]
+    checkpoint.prune(str(tmp_path), str(saved[-1]), keep)
+    assert left_in(tmp_path) == {path.name for path in saved[-keep:]}
+
+
+def test_pruning_never_prefers_what_resuming_refused(tmp_path: Path) -> None:
+    """A damaged checkpoint of a later step, or of this step by another attempt, is not "newer"."""
+    for step, attempt in ((300, "a" * 8), (200, "f" * 8)):
+        damaged = save(tmp_path, step, attempt)
+        (damaged / "ema.safetensors").write_bytes(b"")
+    latest = save(tmp_path, 200, "0" * 8)
+    checkpoint.prune(str(tmp_path), str(latest), keep=1)
+    assert left_in(tmp_path) == {latest.name}
+    assert checkpoint.newest(str(tmp_path)) is not None
+
+
+def test_a_new_attempt_sweeps_what_killed_ones_left(tmp_path: Path) -> None:
+    good = save(tmp_path, 1)
+    save(tmp_path, 2, attempt="a" * 8, commit=False)
+    (tmp_path / f"{checkpoint.SCRATCH}abc").mkdir()
+    checkpoint.sweep(str(tmp_path))
+    assert left_in(tmp_path) == {good.name}
+
+
+def test_files_that_another_writer_removed_are_not_committed(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, commit=False)
+    entries = [{"path": "state/a.pt", "size": 1, "sha256": ""}, {"path": "state/gone.pt", "size": 1, "sha256": ""}]
+    with pytest.raises(UserError, match="gone"):
+        checkpoint.commit(str(path), entries, {"step": 1})
+    assert checkpoint.newest(str(tmp_path)) is None

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,13 +17,14 @@ from typing import Any
 
 import pytest
 
-from jobs import pipeline
+from jobs import pipeline, summary
 from jobs.cli import COMMANDS, main
 from jobs.graph import Event, Step
 from jobs.terminal import Pace, Terminal, apart, bytes_text, clock_text, count_text
 from pipelines import runtime
 from pipelines.errors import UserError
 from pipelines.manifest import write_manifest
+from pipelines.serving import preflight
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -58,6 +60,7 @@ class Stages:
         self.ran: list[str] = []
         self.broken: dict[str, BaseException] = {}
         self.before: Callable[[str], None] = lambda stage: None
+        self.reserved: list[int] = []
 
     def module(self, stage: str) -> SimpleNamespace:
         def run(config: Any, inputs: dict[str, str], output_dir: str, progress: Any) -> None:
@@ -81,6 +84,8 @@ def stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Stages:
     monkeypatch.chdir(tmp_path)
     stages = Stages()
     monkeypatch.setattr(pipeline, "_module", stages.module)
+    monkeypatch.setattr(preflight, "check_port", lambda config: None)  # it may well be in use here
+    monkeypatch.setattr(runtime, "reserve", stages.reserved.append)
     return stages
 
 
@@ -110,9 +115,122 @@ def test_a_run_goes_through_all_stages_and_says_what_came_of_it(
     assert f"Report: {tmp_path}/runs/report.html" in out
     assert Path("runs/report.html").read_text() == "<html>a report</html>"
     model = record()["steps"]["export"]["directory"]
-    for command in (f"armd sample {model} --prompt", f"armd serve {model}", "armd run demo --train.seed 1"):
-        assert command in out
+    model = os.path.relpath(model)
+    for command in (f"sample {model} --prompt", f"serve {model}", "run demo --train.seed 1"):
+        assert f"-m jobs {command}" in out
     assert "\x1b" not in out
+
+
+def program_file(path: Path) -> str:
+    path.parent.mkdir(parents=True)
+    path.touch(mode=0o755)
+    return str(path)
+
+
+def test_the_program_is_named_as_it_can_be_typed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make demo` calls .venv/bin/armd, which is not on the PATH of whoever typed `make`."""
+    monkeypatch.chdir(tmp_path)
+    called = program_file(tmp_path / "a b" / "bin" / "armd")
+    elsewhere = program_file(tmp_path / "elsewhere" / "armd")
+
+    def program(argument: str, path: str) -> str:
+        monkeypatch.setattr(sys, "argv", [argument])
+        monkeypatch.setenv("PATH", path)
+        return summary.program()
+
+    assert program(called, str(tmp_path)) == "'a b/bin/armd'"
+    assert program("a b/bin/armd", os.path.dirname(elsewhere)) == "'a b/bin/armd'"
+    assert program(called, os.path.dirname(called)) == "armd"
+    monkeypatch.chdir(os.path.dirname(called))
+    assert program("armd", "") == "./armd"
+    monkeypatch.chdir("/")
+    assert program(called, "") == f"'{called.lstrip('/')}'"
+    monkeypatch.setattr(sys, "executable", called.replace("armd", "python"))
+    assert program("/x/jobs/__main__.py", "") == f"'{called.lstrip('/').replace('armd', 'python')}' -m jobs"
+    monkeypatch.setattr(sys, "executable", program_file(tmp_path / "active" / "python"))
+    assert program("/x/jobs/__main__.py", str(tmp_path / "active")) == "python -m jobs"
+
+
+@pytest.mark.parametrize(
+    ("typed", "proposed"),
+    [
+        (["--until", "export"], "run demo --until export --train.seed 1\n"),
+        (["--root", "my runs"], "run demo --root 'my runs' --train.seed 1\n"),
+        (["--train.seed", "7", "--until", "export"], "run demo --train.seed 8 --until export\n"),
+        (["--train.seed=7"], "run demo --train.seed=8\n"),
+    ],
+)
+def test_the_proposed_run_keeps_what_was_typed(
+    stages: Stages, typed: list[str], proposed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*typed) == 0
+    out = capsys.readouterr().out
+    assert out.endswith(proposed)
+    if "my runs" in typed:
+        assert "serve 'my runs/export-" in out
+
+
+def test_a_cluster_for_all_stages_is_reserved_before_the_first(stages: Stages) -> None:
+    def before(stage: str) -> None:
+        assert stages.reserved
+
+    stages.before = before
+    four = ["--train.n-workers", "4", "--train.batch-size", "4", "--train.micro-batch-size", "1"]
+    assert run(*four, "--until", "train") == 0
+    assert stages.reserved == [6]
+    assert run(*four, "--until", "export") == 0
+    assert stages.reserved == [6]
+
+
+def test_too_many_workers_are_refused_before_anything_runs(
+    stages: Stages, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    many = ["--train.n-workers", "16", "--train.batch-size", "16", "--train.micro-batch-size", "1", "--until", "train"]
+    assert run(*many) == 1
+    assert stages.ran == []
+    error, fix = capsys.readouterr().err.splitlines()
+    assert error == "error: 16 training workers are too many for the 2 cores of this machine"
+    assert "--train.n-workers of at most 8" in fix
+    monkeypatch.setattr(runtime, "on_cluster", lambda: True)
+    assert run(*many) == 0
+
+
+def test_a_port_in_use_is_found_before_anything_runs(
+    stages: Stages, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(config: Any) -> None:
+        raise UserError(f"port {config.port} is in use", "take another")
+
+    monkeypatch.setattr(preflight, "check_port", refuse)
+    assert run() == 1
+    assert capsys.readouterr().err == "error: port 8000 is in use\nfix: take another\n"
+    assert stages.ran == []
+    assert run("--until", "evaluate") == 0
+    monkeypatch.setattr(preflight, "check_port", lambda config: None)
+    assert run() == 0
+    monkeypatch.setattr(preflight, "check_port", refuse)
+    assert run() == 0  # it has been deployed already
+
+
+def test_the_evaluation_is_told_though_a_later_stage_failed(stages: Stages, capsys: pytest.CaptureFixture[str]) -> None:
+    stages.broken["deploy"] = UserError("the endpoint is odd", "try again")
+    assert run() == 1
+    out = capsys.readouterr().out
+    assert "Held-out perplexity 21.00" in out
+    assert "Try next" not in out
+
+
+def test_credentials_in_the_root_are_not_shown() -> None:
+    root = "s3://me:sesame@bucket/runs"
+    step = Step(name="train", config=None, function=lambda inputs, directory: None)
+    out = io.StringIO()
+    Terminal(out).on_event(Event(step=step, kind="finished", directory=step.directory(root)))
+    closing = summary.text(root, {"export": f"{root}/export-0"}, ["demo", "--root", root], 0, all_reused=False)
+    report = summary.text(root, {"report": f"{root}/report-0"}, ["demo"], 0, all_reused=False)
+    for said in (out.getvalue(), closing, report):
+        assert "s3://bucket/runs" in said
+        assert "sesame" not in said
 
 
 def test_run_json_says_everything(stages: Stages) -> None:
@@ -227,6 +345,32 @@ def test_a_fault_of_ours_is_two_lines_without_debug_and_raised_with_it(
         run("--debug")
 
 
+def ray_errors() -> list[BaseException]:
+    from ray.exceptions import RayTaskError
+
+    trace = "\x1b[36mray::work()\x1b[39m (pid=1, ip=10.0.0.1)\n  File x.py, line 1\n"
+    chain = f"{trace}KeyError: 'text'\n\nThe above exception was ..:\n\nray.exceptions.UserCodeException: a block"
+    trainer = type("WorkerGroupError", (Exception,), {"__module__": "ray.train.errors"})("training failed:\n[Rank 0]")
+    trainer.worker_failures = {0: RayTaskError("work", trace, ValueError("bad\nmore"))}  # type: ignore[attr-defined]
+    return [
+        RayTaskError("work", f"{trace}ValueError: bad\nmore", ValueError("bad\nmore")).as_instanceof_cause(),
+        RayTaskError("work", f"{trace}ValueError: bad", None),
+        RayTaskError("work", chain, None),
+        trainer,
+        ValueError("\x1b[31mbad\x1b[0m\nmore"),
+    ]
+
+
+@pytest.mark.parametrize("kind", range(5))
+def test_an_error_in_a_task_is_told_by_what_the_task_raised(
+    kind: int, stages: Stages, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages.broken["train"] = ray_errors()[kind]
+    assert run() == 1
+    said = capsys.readouterr().err.splitlines()[0]
+    assert said == ("error: KeyError: 'text'" if kind == 2 else "error: ValueError: bad")
+
+
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(0)], ids=["Ctrl-C", "Ctrl-C in Ray Train"])
 def test_an_interrupt_is_one_clean_line(
     stop: BaseException, stages: Stages, capsys: pytest.CaptureFixture[str]
@@ -301,9 +445,25 @@ def test_in_a_submitted_job_a_relative_root_is_below_the_home_folder(
     assert not Path("runs").exists()
 
 
-def test_commands_with_one_root_share_their_locks(tmp_path: Path) -> None:
+def test_what_a_remote_root_keeps_here_is_the_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jobs.run import _lock_dir, _log_file
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    log = Path(_log_file("s3://bucket/runs"))
+    assert log.parent == _lock_dir("s3://bucket/runs")
+    assert log.parent != _lock_dir("s3://bucket/others")
+    own = log.parent.parent
+    assert own.parent == tmp_path
+    assert own.stat().st_mode & 0o777 == 0o700
+    own.chmod(0o755)
+    with pytest.raises(UserError, match="not a folder of this user alone"):
+        _log_file("s3://bucket/runs")
+
+
+def test_commands_with_one_root_share_their_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from jobs.run import _lock_dir
 
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert _lock_dir(str(tmp_path)) == tmp_path / ".locks"
     bucket = _lock_dir("s3://bucket/runs")
     assert bucket == _lock_dir("s3://bucket/runs")
@@ -330,15 +490,15 @@ def test_plain_lines_come_every_few_seconds_with_rate_and_time_left() -> None:
         progress.update(step, 600, "steps", f"loss {step / 100:.2f}")
     lines = out.getvalue().splitlines()
     assert lines[0] == "[train] 1/600 steps  loss 0.01"
-    assert lines[1] == "[train] 51/600 steps  10/s  0:55 left  loss 0.51"
-    assert lines[-1] == "[train] 600/600 steps  10/s  loss 6.00"
+    assert lines[1] == "[train] 51/600 steps  10 steps/s  0:55 left  loss 0.51"
+    assert lines[-1] == "[train] 600/600 steps  10 steps/s  loss 6.00"
     assert len(lines) == 13
 
 
 def test_a_new_phase_starts_a_new_rate() -> None:
     pace = Pace()
-    pace.update(0, 0, "documents")
     pace.update(1, 100, "documents")
+    pace.update(2, 200, "documents")
     assert pace.rate == 100
     pace.update(2, 1, "shards")
     assert pace.rate is None
@@ -346,6 +506,23 @@ def test_a_new_phase_starts_a_new_rate() -> None:
     assert pace.rate == 0.5
     pace.update(5, 0, "shards")
     assert pace.rate is None
+
+
+def test_start_up_is_not_work() -> None:
+    """Half a minute until the first of the steps, then ten a second."""
+    pace = Pace()
+    for now, done in ((0, 0), (20, 0), (30, 1)):
+        pace.update(now, done, "steps")
+        assert pace.rate is None
+    pace.update(31, 11, "steps")
+    assert pace.rate == 10
+
+
+def test_parts_that_are_finished_together_make_no_rate() -> None:
+    pace = Pace()
+    for now, done in ((60, 64), (60.1, 128), (60.9, 192)):
+        pace.update(now, done, "MB")
+        assert pace.rate is None
 
 
 def test_the_rate_follows_the_last_minute() -> None:
@@ -437,7 +614,7 @@ def test_help_of_run_lists_the_recipes(capsys: pytest.CaptureFixture[str]) -> No
 def test_help_of_a_recipe_lists_every_option_with_its_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--help") == 0
     out = capsys.readouterr().out
-    assert "Hardware: 2 CPU cores" in out
+    assert "\n  Command: armd run demo\n  Hardware: 2 CPU cores" in out
     for option in ("--until", "--root", "--corpus.sources", "--train.zero-stage", "--train.architecture.n-layers"):
         assert option in out
     assert "Stop after this stage" in out

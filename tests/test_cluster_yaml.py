@@ -1,7 +1,8 @@
 """The cluster files pass Ray's own validation, and ours: nothing is reachable that should not be."""
 
 import copy
-from pathlib import Path
+import fnmatch
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 FILES = sorted((Path(__file__).parent.parent / "cluster").glob("*.yaml"))
 CLOUDS = [path for path in FILES if path.stem in ("aws", "gcp")]
 TOKEN = "~/.ray/auth_token"
+SSH_KEYS = ["ray-autoscaler_us-west-2.pem", "ray-autoscaler_gcp_us-central1_p_ubuntu_0.pem", "id_ed25519"]
+"""Keys as Ray or a person names them; Ray sends the head its key as one more mounted file, by the same rsync."""
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -46,6 +49,12 @@ def lint(config: dict[str, Any]) -> list[str]:
         found.append("a port other than SSH is opened")
     if config.get("file_mounts", {}).get(TOKEN) != TOKEN:
         found.append("the token file does not reach the nodes")
+    sent = [PurePosixPath(source).name for source in config.get("file_mounts", {}).values()] + SSH_KEYS
+    for pattern in config.get("rsync_exclude", []):
+        # for a single file rsync takes its folder as the root of the transfer, so "/name" meets it too
+        found += [f"{pattern} keeps back {name}" for name in sent if fnmatch.fnmatchcase(name, pattern.lstrip("/"))]
+    if ".rayignore" not in config.get("rsync_filter", []):
+        found.append("secrets of the project's folder are copied")
     if f"chmod 600 {TOKEN}" not in config.get("setup_commands", []):
         found.append("the token file is readable by others")
     if any("RAY_AUTH_TOKEN=" in text for text in strings(config)):
@@ -116,6 +125,10 @@ def replace_in_commands(config: dict[str, Any], key: str, old: str, new: str) ->
             lambda c: c["provider"].update(security_group={"IpPermissions": [{"FromPort": 8265, "ToPort": 8265}]}),
         ),
         ("the token file does not reach the nodes", lambda c: c["file_mounts"].pop(TOKEN)),
+        ("*token keeps back auth_token", lambda c: c.update(rsync_exclude=[".git", "*token"])),
+        ("/auth_* keeps back auth_token", lambda c: c.update(rsync_exclude=["/auth_*"])),
+        ("*.pem keeps back ray-autoscaler_us-west-2.pem", lambda c: c.update(rsync_exclude=["*.pem"])),
+        ("secrets of the project's folder are copied", lambda c: c.update(rsync_filter=[".gitignore"])),
         ("the token file is readable by others", lambda c: c["setup_commands"].remove(f"chmod 600 {TOKEN}")),
         (
             "the token stands in a command",

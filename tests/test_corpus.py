@@ -191,6 +191,20 @@ def test_changed_source_or_setting_is_noticed(tmp_path: Path, source: str, in_pr
     assert {f"shards/{name}" for name in os.listdir(out / "shards")} == listed
 
 
+def test_units_of_a_source_that_was_moved_are_taken_over(
+    tmp_path: Path, source: str, in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = str(tmp_path / "out")
+    first = corpus.run(small(source), {}, out)
+    Path(out, "manifest.json").unlink()  # a killed run: all units are done, the corpus is not
+    moved = Path(source).rename(tmp_path / "elsewhere")
+    made = []
+    monkeypatch.setattr(shards, "_write_shards", lambda *unit: made.append(unit))
+    second = corpus.run(small(str(moved)), {}, out)
+    assert made == []
+    assert (second["identity"], second["splits"]) == (first["identity"], first["splits"])
+
+
 def test_quarantine_is_written_and_counted(tmp_path: Path, source: str, in_process: None) -> None:
     bad = Path(source, "5.jsonl")
     bad.write_bytes(bad.read_bytes() + b'{"text": "torn\n{"text": ""}\n{"other": 1}\n')
@@ -313,7 +327,7 @@ def test_ray_gives_the_same_files_and_passes_errors_on(
     assert content(tmp_path / "ray") == content(tmp_path / "alone")
     from pipelines.sources import InputFile
 
-    nowhere = InputFile(uri="nosuch://x/y.txt", format="txt", compression="", size=1, version="")
+    nowhere = InputFile(uri="nosuch://x/y.txt", name="", format="txt", compression="", size=1, version="")
     settings = shards.UnitSettings(
         output_dir=str(tmp_path / "error"),
         tokenizer_json=Tokenizer.load(tmp_path / "ray").to_json(),

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,18 @@ def test_on_a_lasting_cluster_it_stays_up(
         assert not deploy.still_served(out)  # somebody deployed another model meanwhile
     finally:
         launch.stop(config.app_name)
+
+
+@pytest.mark.ray
+def test_a_lasting_cluster_without_room_is_told(
+    ray_cluster: None, exported: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.runtime.on_cluster", lambda: True)
+    config = deploy.DeployConfig(port=free_port(), cpus_per_replica=1000, wait_for_nodes=2)
+    began = time.monotonic()
+    with pytest.raises(UserError, match="no room for 1 of 1 engines after 2 s"):
+        deploy.run(config, {"export": exported}, str(tmp_path / "deploy"))
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.ray

@@ -184,6 +184,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@pytest.mark.parametrize("arguments", [["--port", "99999999"], ["--port", "0"], ["--root", ""]])
+def test_values_out_of_range(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", *arguments]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {arguments[0]} must be ")
+
+
 def test_the_port_must_be_free(free_port: int) -> None:
     assert only(doctor.http_port(free_port)).level == "ok"
     with socket.socket() as taken:

@@ -115,6 +115,8 @@ def test_the_readme_names_every_module() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     tree = text.split("## What is where")[1].split("```")[1]
     modules = {path.name for package in PACKAGES for path in (ROOT / package).glob("*.py")}
+    folders = {f"{path.parent.name}/" for package in PACKAGES for path in (ROOT / package).glob("*/__init__.py")}
+    assert folders - set(re.findall(r"[a-z_]+/", tree)) == set(), "folders that the README's tree lacks"
     named = set(re.findall(r"[a-z_]+\.py", tree)) - {"oracle.py"}
     assert modules - named == {"__init__.py", "__main__.py"}, "modules that the README's tree lacks"
     assert named - modules == set(), "modules that only the README has"
@@ -130,7 +132,13 @@ def test_what_ray_uploads_holds_no_secret_and_no_environment(tmp_path: Path, wit
     for name in (".rayignore", ".gitignore"):
         shutil.copy(ROOT / name, project)
     secrets = [".env", ".env.local", "cluster/key.pem", "auth_token", "secrets/api.token", ".netrc", "id_ed25519"]
-    ballast = [".venv/lib/huge.so", "runs/demo/model.safetensors", ".git/config", "pipelines/__pycache__/x.pyc"]
+    ballast = [
+        ".venv/lib/huge.so",
+        "runs/demo/model.safetensors",
+        "data/openwebtext/0.jsonl",
+        ".git/config",
+        "pipelines/__pycache__/x.pyc",
+    ]
     for name in [*secrets, *ballast]:
         path = project / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import armd
 from armd.objective import nats
+from armd.tokenizer import Tokenizer
 from jobs import costs, pipeline, plan
 from jobs.cli import main
 from jobs.recipes import RECIPES
@@ -155,6 +156,26 @@ def test_the_table_says_it_all(capsys: pytest.CaptureFixture[str]) -> None:
     for word in ("Parameters", "FLOPs a token", "Memory a rank", "Checkpoint", "Training time", "--train.zero-stage 2"):
         assert word in out
     assert "\x1b" not in out
+
+
+def test_a_tokenizer_that_is_not_there_is_said_to_be_assumed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "demo", "--corpus.tokenizer", "nowhere/gpt2"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "taken as GPT-2's 50,257 entries; nowhere/gpt2 is not there" in out
+
+
+def test_a_tokenizer_in_an_object_store_is_looked_at(capsys: pytest.CaptureFixture[str]) -> None:
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    store.pipe("/plan-test/gpt2/tokenizer.json", Tokenizer.train(["some text"], 260).to_json().encode())
+    try:
+        assert main(["plan", "demo", "--corpus.tokenizer", "memory://plan-test/gpt2", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["vocab_size"] < 261
+        assert main(["plan", "demo", "--corpus.tokenizer", "memory://plan-test/none"]) == 1
+        assert "memory://plan-test/none" in capsys.readouterr().err
+    finally:
+        store.rm("/plan-test", recursive=True)
 
 
 def test_an_unknown_tokenizer_is_said(capsys: pytest.CaptureFixture[str]) -> None:

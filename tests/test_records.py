@@ -186,6 +186,6 @@ def test_a_failing_disk_is_not_a_bad_record(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(storage, "open_read", lambda uri: Failing(b"x" * 1000))
     kind, _, compression = name.removeprefix("x.").partition(".")
-    file = InputFile(uri=str(tmp_path / name), format=kind, compression=compression, size=1000, version="")
+    file = InputFile(uri=str(tmp_path / name), name="", format=kind, compression=compression, size=1000, version="")
     with pytest.raises(UserError, match=f"reading .*{name} failed: Input/output error"):
         list(read_records(file, "text"))

@@ -321,3 +321,11 @@ def test_numbers_for_people(value: float, text: str) -> None:
 )
 def test_durations_for_people(seconds: float, text: str) -> None:
     assert report_sections.duration(seconds) == text
+
+
+def test_a_copy_without_history_is_told_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "pipelines" / "report.py"))
+    monkeypatch.delenv("ARMD_COMMIT", raising=False)
+    assert report.source_commit() is None
+    monkeypatch.setenv("ARMD_COMMIT", "0123456789ab")
+    assert report.source_commit() == "0123456789ab"

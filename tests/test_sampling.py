@@ -53,6 +53,8 @@ def test_a_token_of_probability_zero_is_never_drawn() -> None:
 def test_a_seed_means_the_same_every_time() -> None:
     first, second = (draw(PROBABILITIES.expand(50, -1), SamplingParams(seed=-5).generator()) for _ in range(2))
     assert torch.equal(first, second)
+    above_32_bits = [draw(PROBABILITIES.expand(50, -1), SamplingParams(seed=s).generator()) for s in (1, 1 + 2**32)]
+    assert not torch.equal(*above_32_bits)
     fresh = [draw(PROBABILITIES.expand(50, -1), SamplingParams(seed=None).generator()) for _ in range(2)]
     assert not torch.equal(*fresh)
 

@@ -2,22 +2,19 @@
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import serving_parts
 from serving_parts import Server
 
 import armd
-from pipelines import storage
 from pipelines.serving import ingress
 from pipelines.serving.config import DeployConfig
 from pipelines.serving.engine_loop import EngineFailed
-from pipelines.serving.engine_replica import fetch_model
 from pipelines.serving.http_guard import key_digest
 from pipelines.serving.messages import Admitted, Delta
 
@@ -82,7 +79,7 @@ def test_an_answer_is_the_librarys_own(server: Server, streams: int) -> None:
         "completion_tokens": len(own.tokens),
         "total_tokens": prompt_tokens + len(own.tokens),
     }
-    assert body["armd"]["streams"] == streams
+    assert (body["armd"]["streams"], body["armd"]["order"]) == (streams, "ltr" if streams == 1 else "strided")
     assert body["armd"]["step_of_token"] == own.step_of_token
     assert body["armd"]["forward_passes"] == own.steps
     assert body["armd"]["tokens_per_forward"] == pytest.approx(len(own.tokens) / own.steps, abs=1e-4)
@@ -239,6 +236,7 @@ def test_a_client_that_goes_frees_its_slots_within_a_step(server: Server) -> Non
 def test_models_health_version(server: Server) -> None:
     models = server.request("GET", "/v1/models").json()
     (model,) = models["data"]
+    assert model["root"] == "armd"
     assert (models["object"], model["id"], model["max_model_len"]) == ("list", "armd", 256)
     assert model["armd"]["streams"] == {"min": 1, "max": 32, "default": 4}
     assert server.request("GET", "/v1/models/armd").json() == model
@@ -399,6 +397,25 @@ def test_a_failure_before_the_first_byte_has_its_status(
     assert response.headers["retry-after"] == "2"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [("my.id-7", True), ("x" * 128, True), ("x" * 129, False), ("", False), ("a b", False), ("<b>\u00e9", False)],
+)
+def test_only_a_plain_request_id_is_taken_from_the_caller(
+    made: Callable[..., Server], caplog: pytest.LogCaptureFixture, given: str, kept: bool, stream: bool
+) -> None:
+    first = [ADMITTED] if stream else []
+    server = made(CONFIG, Scripted(*first, ValueError("oops")))
+    body = {"prompt": "a", "stream": stream}
+    headers = {"x-request-id": given.encode("utf-8")}
+    text = server.request("POST", "/v1/completions", json=body, headers=headers).text
+    own = re.search(r"[0-9a-f]{32}", text)
+    assert (f" {given}" in text) if kept else (own and (not given or given not in text))
+    shown = given if kept else own.group() if own else ""
+    assert f"request {shown} failed" in caplog.text
+
+
 def test_health_is_503_when_the_engine_does_not_answer(
     made: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -439,23 +456,3 @@ def test_a_stuck_step_is_noticed(made: Callable[..., Server]) -> None:
     time.sleep(0.6)
     loop.check(0.04)
     assert server.engine.completions.load()["running"] == 0
-
-
-def test_a_remote_model_is_copied_once_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    saved = serving_parts.save(tmp_path / "saved")
-    for file in saved.iterdir():
-        storage.write_bytes(f"memory://bucket/model/{file.name}", file.read_bytes())
-    folder = fetch_model("memory://bucket/model")
-    assert folder.is_relative_to(tmp_path)
-    assert {file.name for file in folder.iterdir()} == {file.name for file in saved.iterdir()}
-    assert armd.load(folder)[0].config.max_length == 256
-    weights = folder / "model.safetensors"
-    written = weights.stat().st_mtime_ns
-    assert fetch_model("memory://bucket/model") == folder
-    assert weights.stat().st_mtime_ns == written
-    other = serving_parts.save(tmp_path / "other", seed=1)
-    for file in other.iterdir():
-        storage.write_bytes(f"memory://bucket/model/{file.name}", file.read_bytes())
-    assert fetch_model("memory://bucket/model") != folder  # another model under the same name
-    assert fetch_model(str(saved)) == saved

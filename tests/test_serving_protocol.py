@@ -270,6 +270,7 @@ def test_seeds_of_choices() -> None:
         ({"max_choices": 100}, "max_choices"),
         ({"request_timeout_s": float("nan")}, "request_timeout_s"),
         ({"start_timeout_s": 0}, "start_timeout_s"),
+        ({"wait_for_nodes": 0}, "wait_for_nodes"),
         ({"cpus_per_replica": float("inf")}, "cpus_per_replica"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -102,13 +103,51 @@ def test_fingerprint_follows_the_files(tmp_path: Path) -> None:
     assert len({str(first), str(touched), str(fingerprint([str(tmp_path)]))}) == 3
 
 
+@pytest.mark.parametrize("source", ["texts", "texts/*.txt", "texts/a.txt", "texts/**/*.txt"])
+def test_a_source_that_was_moved_is_the_same(tmp_path: Path, source: str) -> None:
+    old, new = tmp_path / "old", tmp_path / "deep" / "er"
+    write(old, "texts/a.txt", "texts/sub/b.txt")
+    shutil.copytree(old, new)  # keeps the modification times
+    before, after = (str(folder / source) for folder in (old, new))
+    assert fingerprint([before]) == fingerprint([after])
+    (moved,) = {file.name for file in input_files([after])} - {"0:sub/b.txt"}
+    assert moved == "0:a.txt"
+    assert [file.identity for file in input_files([before])] == [file.identity for file in input_files([after])]
+    (new / "texts" / "a.txt").rename(new / "texts" / "c.txt")
+    if source != "texts/a.txt":
+        assert fingerprint([before]) != fingerprint([after])
+
+
+def test_files_of_two_sources_are_never_the_same(tmp_path: Path) -> None:
+    """Same name, size and time, other text: their shards must not stand in for one another."""
+    write(tmp_path, "x/a.txt", text="some text")
+    write(tmp_path, "y/a.txt", text="more text")
+    for name in ("x", "y"):
+        os.utime(tmp_path / name / "a.txt", ns=(1, 1))
+    first, second = input_files([str(tmp_path / "x"), str(tmp_path / "y")])
+    assert first.identity != second.identity
+
+
+def test_names_in_an_object_store_are_relative() -> None:
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    store.pipe({"/names-test/in/b.txt": b"b"})
+    try:
+        for source in ("memory://names-test", "memory://names-test/", "memory://names-test/*/b.txt"):
+            assert [file.name for file in input_files([source])] == ["0:in/b.txt"]
+        assert [file.name for file in input_files(["python-docs", "memory://names-test/in/b.txt"])][-1] == "1:b.txt"
+    finally:
+        store.rm("/names-test", recursive=True)
+
+
 sizes = st.lists(st.integers(0, 5_000_000), max_size=40)
 
 
 @given(sizes=sizes, unit_bytes=st.integers(1, 3_000_000))
 def test_units_hold_every_file_once_in_order_and_keep_to_their_size(sizes: list[int], unit_bytes: int) -> None:
     files = [
-        InputFile(uri=str(number), format="txt", compression="", size=size, version="")
+        InputFile(uri=str(number), name="", format="txt", compression="", size=size, version="")
         for number, size in enumerate(sizes)
     ]
     units = work_units(files, unit_bytes)

@@ -1,5 +1,6 @@
 """pipelines.storage: whole or not at all, locally and on an fsspec file system; listings; messages without secrets."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -66,7 +67,8 @@ def test_find_and_glob(root: str) -> None:
     found = storage.find(root)
     assert [entry.uri.split("/root", 1)[1].split("/", 1)[1] for entry in found] == ["a/x.txt", "a/y.md", "b.txt"]
     assert [entry.size for entry in found] == [7, 6, 5]
-    assert storage.find(found[0].uri) == [found[0]]
+    assert [entry.name for entry in found] == ["a/x.txt", "a/y.md", "b.txt"]
+    assert storage.find(found[0].uri) == [dataclasses.replace(found[0], name="x.txt")]
     assert storage.find(storage.join(root, "nowhere")) == []
     assert [entry.uri for entry in storage.glob(storage.join(root, "*", "*.txt"))] == [found[0].uri]
     assert [entry.uri for entry in storage.glob(storage.join(root, "**", "*.txt"))] == [found[0].uri, found[2].uri]
@@ -178,10 +180,37 @@ def test_check_writable(root: str, tmp_path: Path) -> None:
     assert "--root" in error.value.fix
 
 
+@pytest.mark.parametrize("uri", ["", " ", "s3://", "s3:///", "file://"])
+def test_no_place_at_all(uri: str) -> None:
+    with pytest.raises(ValueError, match=r"^root must be a folder"):
+        storage.check_place(uri, "root")
+
+
+@pytest.mark.parametrize("uri", ["runs", "/", ".", "~", "file:///", "s3://bucket", "memory:///x"])
+def test_a_place(uri: str) -> None:
+    storage.check_place(uri, "root")
+
+
 def test_unknown_scheme_is_a_user_error() -> None:
     for call in (storage.check_writable, storage.exists, storage.read_bytes):
         with pytest.raises(UserError, match="nosuch://x"):
             call("nosuch://x/y")
+
+
+@pytest.mark.parametrize(
+    ("shown", "hidden"),
+    [
+        ("https://h/x?a=1&X-Amz-Signature=***&b=2", "https://h/x?a=1&X-Amz-Signature=0f0f&b=2"),
+        ("https://h/x?sig=***", "https://h/x?sig=abc%2F"),
+        ("s3://b/x?access_token=*** is bad", "s3://b/x?access_token=abc is bad"),
+        ("https://h/?AWSAccessKeyId=***&x", "https://h/?AWSAccessKeyId=AKIA&x"),
+        ('{"root": "s3://b?password=***"}', '{"root": "s3://b?password=abc"}'),
+        ("https://h/x?design=oak&signal=1", "https://h/x?design=oak&signal=1"),
+        ("token=abc of a sentence", "token=abc of a sentence"),
+    ],
+)
+def test_messages_hide_secrets_of_a_query(shown: str, hidden: str) -> None:
+    assert storage.redacted(hidden) == shown
 
 
 def test_messages_hide_secrets(monkeypatch: pytest.MonkeyPatch) -> None:

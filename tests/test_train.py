@@ -14,7 +14,9 @@ from pipelines import train
 from pipelines.errors import UserError
 from pipelines.manifest import read_manifest
 from pipelines.metrics import read_metrics
+from pipelines.train_config import TrainConfig
 from pipelines.train_loop import Job
+from pipelines.windows import Permutation, WindowIndex
 from tests.corpora import make_corpus
 from tests.gloo import run_workers
 from tests.test_train_loop import CONFIG, losses
@@ -79,36 +81,58 @@ def _same_session(process: psutil.Process) -> bool:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_an_error_for_the_user_comes_back_from_the_workers(tmp_path: Path) -> None:
+def test_an_error_of_one_rank_ends_all_and_comes_back(tmp_path: Path) -> None:
+    """Rank 1 alone meets the damaged shard, while rank 0 waits for it in a collective.
+
+    Seen to hang when `work` returned the error instead of raising it.
+    """
     folder = tmp_path / "corpus"
     folder.mkdir()
     corpus = make_corpus(folder)
-    shard = next((folder / "shards").glob("train-*"))
+    config = dataclasses.replace(CONFIG, steps=2, strided_steps=0, batch_size=2, micro_batch_size=1, n_workers=2)
+    shard = folder / "shards" / only_rank_1_reads(corpus, config)
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
-    config = dataclasses.replace(CONFIG, steps=2, strided_steps=0)
     with pytest.raises(UserError, match=shard.name):
         train.run(config, {"corpus": corpus}, str(tmp_path / "output"))
     assert not (tmp_path / "output" / "manifest.json").exists()
 
 
-def test_what_a_user_must_mend_is_an_outcome_not_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A crash would be tried again max_failures times, and fail again."""
-
-    def refuse(job: Job, watch: object) -> None:
-        raise UserError("what", "fix")
-
-    monkeypatch.setattr("pipelines.train_loop.train", refuse)
-    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
-    settings = {"config": CONFIG, "corpus": "", "output": "", "board": None, "run": "run"}
-    assert train.work(settings) == {"error": ("what", "fix")}
+def only_rank_1_reads(corpus: str, config: TrainConfig) -> str:
+    """The shard of rank 1's first sequence; the seed is such that rank 0's lies in the other."""
+    windows = WindowIndex(corpus, "train")
+    entries = read_manifest(corpus)["splits"]["train"]["shards"]
+    order = Permutation(len(windows), config.seed, 0)
+    first_half = [order[sample] < entries[0]["tokens"] // windows.sequence_length - 1 for sample in (0, 1)]
+    assert first_half[0] != first_half[1], "choose another seed"
+    return Path(entries[0 if first_half[1] else 1]["path"]).name
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_more_workers_than_the_cluster_has_are_refused_at_once(corpus: str, tmp_path: Path) -> None:
     since = time.monotonic()
-    with pytest.raises(UserError, match="10000 CPUs, the cluster has"):
-        train.wait_for_workers(10_000, False, seconds=45)
-    with pytest.raises(UserError, match=r"1 GPUs, the cluster has 0") as caught:
-        train.wait_for_workers(1, True, seconds=45)
+    with pytest.raises(UserError, match="10000 CPUs, the cluster has"), train.places(10_000, False, seconds=45):
+        raise AssertionError("there is no place for them")
+    with pytest.raises(UserError, match=r"1 GPUs, the cluster has 0") as caught, train.places(1, True, seconds=45):
+        raise AssertionError("there is no place for it")
     assert "--train.device cpu" in caught.value.fix
     assert time.monotonic() - since < 10
+
+
+def test_an_autoscaling_cluster_is_asked_to_grow_and_let_shrink(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[dict[str, int]]] = []
+    there = iter([0, 1, 2])
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": next(there)})
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: asked.append(bundles))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    with train.places(2, True, seconds=60):
+        assert asked == [[{"GPU": 1}, {"GPU": 1}]]
+    assert asked[1:] == [[]]
+
+
+def test_gpus_are_taken_when_there_is_one_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 1.0, "CPU": 8.0})
+    one, two = (dataclasses.replace(CONFIG, n_workers=n) for n in (1, 2))
+    assert train._use_gpu(one)
+    assert not train._use_gpu(two)
+    assert train._use_gpu(dataclasses.replace(two, device="gpu"))

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import math
+import os
+import pkgutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +13,13 @@ import pytest
 import torch
 
 from armd.config import Architecture
-from pipelines import checkpoint, export
+from pipelines import checkpoint, export, storage, zero
 from pipelines.errors import UserError
 from pipelines.metrics import read_metrics
 from pipelines.train_config import TrainConfig
 from pipelines.train_loop import Job
 from tests.corpora import make_corpus
-from tests.gloo import run_workers
+from tests.gloo import Prepare, run_workers
 
 pytestmark = pytest.mark.slow
 
@@ -45,9 +48,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def run(corpus: str, output: Path, die_at: int | None = None, **changes: Any) -> Any:
+def run(corpus: str, output: Path | str, prepare: Prepare | None = None, **changes: Any) -> Any:
+    """Rank 0's summary or error; None where the workers died."""
     config = dataclasses.replace(CONFIG, **changes)
-    results = run_workers(Job(config=config, corpus=corpus, output=str(output)), die_at)
+    results = run_workers(Job(config=config, corpus=corpus, output=str(output)), prepare)
     return results[0] if results else None
 
 
@@ -83,19 +87,86 @@ def test_the_run_learns_and_says_so(uninterrupted: Path) -> None:
     assert held_out == [(5, 1), (10, 1), (10, 2), (10, 4)]
 
 
-@pytest.mark.parametrize("die_at", [3, 6, 10])
-def test_resuming_is_never_having_stopped(corpus: str, uninterrupted: Path, tmp_path: Path, die_at: int) -> None:
-    """Bit for bit: losses, validation, weights, optimiser. Before the first checkpoint, between two, at the last step.
+def die(target: str, call: int, after: bool = False) -> None:
+    """Exit without a word before (or after) the `call`-th call of `target`, as after a SIGKILL."""
+    module_name, _, name = target.rpartition(".")
+    module = pkgutil.resolve_name(module_name)
+    original = getattr(module, name)
+    calls = 0
 
-    Seen to fail without loading the EMA, with the data taken from step 0, and with the learning rate left to the
-    optimiser's state.
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call and not after:
+            os._exit(9)
+        result = original(*args, **kwargs)
+        if calls == call:
+            os._exit(9)
+        return result
+
+    setattr(module, name, replacement)
+
+
+def partition_everything() -> None:
+    """Make ZeRO-3 shard parameters of any size; by default it keeps those as small as a test's whole."""
+    original = zero.deepspeed_config
+
+    def config(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        made = original(*args, **kwargs)
+        made["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return made
+
+    zero.deepspeed_config = config
+
+
+WORKER = "pipelines.train_loop.Worker"
+
+
+@pytest.mark.parametrize(
+    ("death", "resumes_from"),
+    [
+        (partial(die, f"{WORKER}._train_step", 3), 0),
+        (partial(die, f"{WORKER}._held_out", 1), 4),
+        (partial(die, "pipelines.checkpoint.put_shards", 2, after=True), 4),
+        (partial(die, "pipelines.storage.write_text", 3), 4),  # the owner's name, the first mark, then this one
+        (partial(die, "pipelines.checkpoint.prune", 2), 8),
+        (partial(die, f"{WORKER}._summary", 1), 10),
+    ],
+    ids=["in a step", "in validation", "before the manifest", "before the mark", "before pruning", "after the last"],
+)
+def test_resuming_is_never_having_stopped(
+    corpus: str, uninterrupted: Path, tmp_path: Path, death: Prepare, resumes_from: int
+) -> None:
+    """Bit for bit, wherever it was killed: losses, validation, weights, optimiser.
+
+    Seen to fail without loading the EMA, with the data taken from step 0, and with the learning rate left as loaded.
     """
-    run(corpus, tmp_path, die_at, ema_decay=0.9)
+    assert run(corpus, tmp_path, death, ema_decay=0.9) is None
     before = checkpoint.newest(str(tmp_path / "checkpoints"))
-    assert (before[1]["step"] if before else 0) == {3: 0, 6: 4, 10: 8}[die_at]
+    assert (before[1]["step"] if before else 0) == resumes_from
     run(corpus, tmp_path, ema_decay=0.9)
     assert losses(tmp_path) == losses(uninterrupted)
     assert weights(tmp_path) == weights(uninterrupted)
+    names = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert not [name for name in names if name.startswith(checkpoint.SCRATCH)]
+
+
+def test_resuming_sharded_parameters(corpus: str, tmp_path: Path) -> None:
+    """ZeRO-3 on two workers with everything partitioned, the average too: stopped in the middle and not."""
+    sharded = {"n_workers": 2, "zero_stage": 3, "ema_decay": 0.9, "steps": 5, "strided_steps": 0}
+    one, other = tmp_path / "one", tmp_path / "other"
+    run_prepared = partial(die_when_partitioned, f"{WORKER}._train_step", 5)
+    run(corpus, one, partition_everything, **sharded)
+    assert run(corpus, other, run_prepared, **sharded) is None
+    summary = run(corpus, other, partition_everything, **sharded)
+    assert losses(other) == losses(one)
+    assert weights(other) == weights(one)
+    assert exported(corpus, other, summary) == pytest.approx(summary["final"]["validation_nats_per_token"], rel=1e-5)
+
+
+def die_when_partitioned(target: str, call: int) -> None:
+    partition_everything()
+    die(target, call)
 
 
 def test_a_finished_run_trains_no_further(corpus: str, uninterrupted: Path) -> None:
@@ -106,24 +177,62 @@ def test_a_finished_run_trains_no_further(corpus: str, uninterrupted: Path) -> N
     assert summary["final"]["validation_nats_per_token"] > 0
 
 
-def test_two_workers_and_any_zero_stage_give_one_workers_losses(corpus: str, tmp_path: Path) -> None:
+def test_two_workers_and_any_zero_stage_give_one_workers_losses(
+    corpus: str, uninterrupted: Path, tmp_path: Path
+) -> None:
     """To rounding, with the average of the weights in place for validation."""
-    reference = None
-    for n_workers, stage in ((1, 1), (2, 1), (2, 2), (2, 3)):
-        output = tmp_path / f"{n_workers}-{stage}"
-        summary = run(corpus, output, n_workers=n_workers, zero_stage=stage, ema_decay=0.9)
+    reference = [record["loss"] for record in read_metrics(str(uninterrupted))]
+    for stage in (1, 2, 3):
+        output = tmp_path / str(stage)
+        summary = run(corpus, output, partition_everything, n_workers=2, zero_stage=stage, ema_decay=0.9)
         got = [record["loss"] for record in read_metrics(str(output))]
-        reference = reference or got
         assert got == pytest.approx(reference, rel=1e-5)
         loaded = exported(corpus, output, summary)
         assert loaded == pytest.approx(reference[-3], rel=1e-5)  # the last validation, left to right
 
 
-def exported(corpus: str, output: Path, summary: dict[str, Any]) -> float:
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bfloat16_learns_what_float32_learns(corpus: str, uninterrupted: Path, tmp_path: Path, stage: int) -> None:
+    summary = run(corpus, tmp_path, n_workers=2, zero_stage=stage, dtype="bfloat16")
+    assert summary["dtype"] == "bfloat16"
+    reference = [r["loss"] for r in read_metrics(str(uninterrupted)) if r["kind"] == "train"]
+    assert [r["loss"] for r in read_metrics(str(tmp_path)) if r["kind"] == "train"] == pytest.approx(
+        reference, rel=5e-3
+    )
+    exported(corpus, tmp_path, summary)
+    error = run(corpus, tmp_path, n_workers=2, zero_stage=stage)
+    assert isinstance(error, UserError)
+    assert "--train.dtype bfloat16" in error.fix
+
+
+def exported(corpus: str, output: Path | str, summary: dict[str, Any]) -> float:
     """Held-out loss of the exported model, by the export stage; it compares with training's by itself."""
-    (output / "manifest.json").write_text(json.dumps(summary))
+    storage.write_text(storage.join(str(output), "manifest.json"), json.dumps(summary))
     inputs = {"corpus": corpus, "train": str(output)}
-    return export.run(export.ExportConfig(), inputs, str(output / "export"))["validation_nats_per_token"]
+    target = storage.join(str(output), "export")
+    return export.run(export.ExportConfig(), inputs, target)["validation_nats_per_token"]
+
+
+def test_an_object_store_holds_a_run_from_start_to_export(
+    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In process, on fsspec's `memory://`: train, stop, resume, export."""
+    import torch.distributed as dist
+
+    from pipelines.train_loop import train
+
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    dist.init_process_group("gloo", init_method=(tmp_path / "store").as_uri(), rank=0, world_size=1)
+    try:
+        output = "memory://bucket/train"
+        for steps in (4, 6):
+            config = dataclasses.replace(CONFIG, steps=steps, strided_steps=0, ema_decay=0.9)
+            summary = train(Job(config=config, corpus=corpus, output=output), lambda record: None)
+    finally:
+        dist.destroy_process_group()
+    assert [r["step"] for r in read_metrics(output) if r["kind"] == "train"] == list(range(1, 7))
+    assert summary["checkpoint"].startswith("checkpoints/step-00000006-")
+    assert exported(corpus, output, summary) == pytest.approx(summary["final"]["validation_nats_per_token"], rel=1e-5)
 
 
 def test_export_without_averaging(corpus: str, tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """`armd bench corpus`: the whole corpus stage against the bare tokenizer on the same text and cores."""
 
+import contextlib
+import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
@@ -18,6 +20,7 @@ from pipelines.records import read_records
 from pipelines.sources import input_files
 
 COMMAND = "armd bench corpus"
+PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,8 @@ def main(arguments: Sequence[str]) -> None:
             corpus.run(given, {}, storage.join(folder, str(round_)))
             seconds["corpus stage"].append(time.perf_counter() - since)
             since = time.perf_counter()
-            tokenizer.encode_batch(documents)
+            with every_core():
+                tokenizer.encode_batch(documents)
             seconds["bare tokenizer"].append(time.perf_counter() - since)
     ratio = spread(seconds["bare tokenizer"])["median"] / spread(seconds["corpus stage"])["median"]
     print(f"{len(documents):,} documents, {n_bytes / 1e6:.1f} MB, n = {chosen.rounds}")
@@ -66,3 +70,17 @@ def main(arguments: Sequence[str]) -> None:
     result = {"seconds": {name: spread(values) for name, values in seconds.items()}, "ratio": ratio}
     about = {"documents": len(documents), "bytes": n_bytes, "tokens": tokens, "n": chosen.rounds}
     finish({"bench": "corpus", **about, **result}, torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def every_core() -> Iterator[None]:
+    """Let `tokenizers` use all cores: where Ray's workers share them, each is told to keep to one, this process too."""
+    before = os.environ.get(PARALLELISM)
+    os.environ[PARALLELISM] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[PARALLELISM]
+        else:
+            os.environ[PARALLELISM] = before

@@ -6,10 +6,11 @@ from typing import Literal
 
 import torch
 
-from armd import ARCHITECTURES, ARMD, SamplingParams, generate
-from armd.objective import seeded
+from armd import ARCHITECTURES, ARMD, ModelConfig, SamplingParams, generate
+from armd.order import stream_blocks
+from armd.randomness import seeded
 from jobs import model, options
-from jobs.benchmarks.measure import finish, forward_products, interleaved, products_runner, spread
+from jobs.benchmarks.measure import Product, finish, forward_products, interleaved, products_runner, spread
 
 COMMAND = "armd bench decode"
 
@@ -25,7 +26,7 @@ class DecodeBenchOptions:
     vocab_size: int = 2048
     """Its vocabulary."""
     tokens: int = 128
-    """Tokens to write a text."""
+    """Tokens to write a text; at most as many as the model's length."""
     streams: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Numbers of streams."""
     batches: tuple[int, ...] = (1, 8)
@@ -53,29 +54,31 @@ def main(arguments: Sequence[str]) -> None:
     config = network.config
     contestants: dict[str, Callable[[], object]] = {}
     steps = {}
+    n_tokens = min(chosen.tokens, config.max_length)
     for batch in chosen.batches:
         for n_streams in chosen.streams:
-            params = SamplingParams(max_tokens=min(chosen.tokens, config.max_length), n_streams=n_streams)
+            params = SamplingParams(max_tokens=n_tokens, n_streams=n_streams)
             name = f"batch {batch}, S={n_streams}"
-            steps[name] = n_streams + -(-params.max_tokens // n_streams) - 1
+            products = step_products(config, batch, n_tokens, n_streams)
+            steps[name] = len(products)
             contestants[name] = _decode(network, batch, params)
-            rows = batch * n_streams
-            products = forward_products(config, rows, rows, rows)
             contestants[f"{name}, products"] = products_runner(products, device, dtype)
     seconds = interleaved(contestants, chosen.rounds, device)
     result = {}
-    print(f"{sum(p.numel() for p in network.parameters()):,} parameters, {chosen.tokens} tokens, {chosen.dtype}")
+    print(f"{sum(p.numel() for p in network.parameters()):,} parameters, {n_tokens} tokens, {chosen.dtype}")
     print(f"{'':16}{'tokens/s':>10}{'to S=' + str(chosen.streams[0]):>9}{'ms a step':>11}{'products':>10}{'ratio':>7}")
     for batch in chosen.batches:
         first = None
         for n_streams in chosen.streams:
             name = f"batch {batch}, S={n_streams}"
             whole = spread(seconds[name])
-            rate = batch * chosen.tokens / whole["median"]
+            rate = batch * n_tokens / whole["median"]
             first = first or rate
-            step, floor = whole["median"] / steps[name], spread(seconds[f"{name}, products"])["median"]
+            step = whole["median"] / steps[name]
+            floor = spread(seconds[f"{name}, products"])["median"] / steps[name]
             result[name] = {
                 "seconds": whole,
+                "steps": steps[name],
                 "tokens_per_second": rate,
                 "speed_up": rate / first,
                 "step_seconds": step,
@@ -83,7 +86,18 @@ def main(arguments: Sequence[str]) -> None:
                 "to_products": step / floor,
             }
             print(f"{name:16}{rate:10,.0f}{rate / first:9.2f}{step * 1e3:11.2f}{floor * 1e3:10.2f}{step / floor:7.2f}")
-    finish({"bench": "decode", **chosen.__dict__, "n": chosen.rounds, "contestants": result}, device)
+    finish(
+        {"bench": "decode", **chosen.__dict__, "tokens": n_tokens, "n": chosen.rounds, "contestants": result}, device
+    )
+
+
+def step_products(config: ModelConfig, batch: int, n_tokens: int, n_streams: int) -> list[list[Product]]:
+    """The products of each decoding step: content rows of the block before, query and head rows of the step's own."""
+    sizes = [len(block) for block in stream_blocks(range(n_tokens), n_streams)]
+    return [
+        forward_products(config, batch * before, batch * own, batch * own)
+        for before, own in zip([0, *sizes], sizes, strict=False)
+    ]
 
 
 def _decode(network: ARMD, batch: int, params: SamplingParams) -> Callable[[], object]:

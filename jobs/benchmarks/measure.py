@@ -53,16 +53,23 @@ def forward_products(config: ModelConfig, content_rows: int, query_rows: int, he
     return [*products, (head_rows, d, config.vocab_size)]
 
 
-def products_runner(products: Sequence[Product], device: torch.device, dtype: torch.dtype, repeat: int = 1) -> Any:
-    """A function that computes the products on random matrices; weights are distinct, as a model's are."""
-    weights = [torch.randn(n_in, n_out, device=device, dtype=dtype) for _, n_in, n_out in products]
-    inputs = [torch.randn(rows, n_in, device=device, dtype=dtype) for rows, n_in, _ in products]
+def products_runner(
+    steps: Sequence[Sequence[Product]], device: torch.device, dtype: torch.dtype
+) -> Callable[[], object]:
+    """A function that computes the products of every step on random matrices.
+
+    Within a step weights are distinct, as a model's are; all steps have the same weights and may differ in rows.
+    """
+    weights = [torch.randn(n_in, n_out, device=device, dtype=dtype) for _, n_in, n_out in steps[0]]
+    shapes = {(rows, n_in) for products in steps for rows, n_in, _ in products}
+    inputs = {shape: torch.randn(shape, device=device, dtype=dtype) for shape in shapes}
 
     @torch.inference_mode()
     def run() -> None:
-        for _ in range(repeat):
-            for x, weight in zip(inputs, weights, strict=True):
-                x @ weight
+        for products in steps:
+            for (rows, n_in, _), weight in zip(products, weights, strict=True):
+                if rows:
+                    inputs[rows, n_in] @ weight
 
     return run
 

@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 
 from armd import ARCHITECTURES, ARMD, Order
-from armd.objective import nats, seeded
+from armd.objective import nats
+from armd.randomness import seeded
 from jobs import options
 from jobs.benchmarks.measure import finish, forward_products, interleaved, products_runner, spread
 
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
     # The backward pass multiplies twice: for the inputs and for the weights.
     backward = [(m, n, k) for m, k, n in forward] + [(k, m, n) for m, k, n in forward]
     contestants: dict[str, Callable[[], object]] = {name: _step(model, tokens, order) for name, order in orders.items()}
-    contestants["bare products"] = products_runner(forward + backward, device, dtype)
+    contestants["bare products"] = products_runner([forward + backward], device, dtype)
     seconds = interleaved(contestants, chosen.rounds, device)
     flops = 3 * sum(2 * m * k * n for m, k, n in forward)
     floor = spread(seconds["bare products"])["median"]

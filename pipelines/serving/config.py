@@ -43,8 +43,10 @@ class DeployConfig:
     """Largest request body; a larger one is answered 413."""
     body_timeout_s: float = 10.0
     """Seconds within which a request's body must have arrived; a slower one is answered 408."""
+    wait_for_nodes: float = 45.0
+    """Seconds to wait for a cluster to have room for every replica, by growing if it can, before giving up."""
     start_timeout_s: float = 180.0
-    """Seconds within which every replica must run and have answered its self-test."""
+    """Seconds within which replicas that have their place must run and have answered their self-test."""
 
     def __post_init__(self) -> None:
         for name in ("app_name", "model_name"):
@@ -70,7 +72,7 @@ class DeployConfig:
                 f"max_choices = {self.max_choices} must not exceed max_slots + max_queued = "
                 f"{self.max_slots + self.max_queued}: such a request would never be admitted"
             )
-        for name in ("cpus_per_replica", "request_timeout_s", "body_timeout_s", "start_timeout_s"):
+        for name in ("cpus_per_replica", "request_timeout_s", "body_timeout_s", "wait_for_nodes", "start_timeout_s"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be more than 0 and finite, not {getattr(self, name)}")
 

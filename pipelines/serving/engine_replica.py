@@ -1,19 +1,17 @@
 """The bounded deployment: loads the model, proves that it answers, and serves requests from its batch."""
 
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import armd
-from pipelines import storage
+from armd.config import MODEL_FILES
+from pipelines.model_folder import local_model
 from pipelines.serving.completions import Completions
 from pipelines.serving.config import DeployConfig
 from pipelines.serving.messages import Items
 from pipelines.serving.protocol import CompletionRequest
 
-MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
-SUMS = "SHA256SUMS"
 _SELF_TEST_S = 4.0
 """Deadline of the token that readiness asks for."""
 _RECENT_S = 5.0
@@ -29,12 +27,11 @@ class EngineReplica:
     async def __init__(self, model_dir: str, config: DeployConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         import torch
 
-        folder = fetch_model(model_dir)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, tokenizer = armd.load(folder, device=device)
-        self._completions = Completions(
-            model, tokenizer, config, device=device, fingerprint=f"armd-{armd.__version__}+ckpt:{_weights_id(folder)}"
-        )
+        with local_model(model_dir) as folder:
+            model, tokenizer = armd.load(folder, device=device)
+            fingerprint = f"armd-{armd.__version__}+ckpt:{_weights_id(folder)}"
+        self._completions = Completions(model, tokenizer, config, device=device, fingerprint=fingerprint)
         self._metrics = _Metrics(config.model_name)
         await self._completions.loop.self_test(config.start_timeout_s)
 
@@ -63,28 +60,8 @@ class EngineReplica:
         self._completions.loop.check(_STUCK_S)
 
 
-def fetch_model(model_dir: str) -> Path:
-    """The folder of the model on this machine; a remote one is copied once, under its checksums' own hash.
-
-    Raises:
-        FileNotFoundError: a file of the model is missing.
-    """
-    if storage.is_local(model_dir):
-        return Path(storage.absolute(model_dir))
-    sums = storage.read_bytes(storage.join(model_dir, SUMS))
-    folder = Path.home() / ".cache" / "armd" / "models" / storage.sha256_bytes(sums)[:32]
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as incoming:  # each replica its own: the last one to finish wins
-        for name in MODEL_FILES:
-            if not (folder / name).is_file():
-                copy = storage.fetch_file(storage.join(model_dir, name), incoming)
-                storage.put_file(copy, str(folder / name))
-    storage.write_bytes(str(folder / SUMS), sums)
-    return folder
-
-
-def _weights_id(folder: Path) -> str:
-    lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+def _weights_id(folder: str) -> str:
+    lines = Path(folder, MODEL_FILES[-1]).read_text(encoding="utf-8").splitlines()
     return next(line[:8] for line in lines if line.endswith("  model.safetensors"))
 
 

@@ -4,6 +4,8 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import re
+import secrets
 from collections.abc import Callable
 
 from fastapi import FastAPI, Request, Response
@@ -17,6 +19,7 @@ from pipelines.serving.errors import ApiError
 
 OPEN_PATH = "/live"
 """The one path that needs no key."""
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 _logger = logging.getLogger("ray.serve")
 
@@ -29,6 +32,7 @@ def key_digest(key: str) -> str:
 class Guard:
     """ASGI middleware: refuses callers without the key, adds the version to every answer, counts answers by status.
 
+    A caller's request id that is not plain and short is replaced, so that the log and the error bodies hold no other.
     An exception that nobody expected is logged here with the request's id, and told to the client as a 500.
     """
 
@@ -43,6 +47,9 @@ class Guard:
             await self._app(scope, receive, send)
             return
 
+        received = MutableHeaders(scope=scope)
+        if not _REQUEST_ID.fullmatch(received.get("x-request-id", "")):
+            received["x-request-id"] = secrets.token_hex(16)
         begun = False
 
         async def send_counted(message: Message) -> None:
@@ -81,8 +88,8 @@ def error_response(error: ApiError) -> Response:
 
 
 def request_id(headers: Headers) -> str:
-    """The id that Serve's proxy gave the request, or took from the caller, and sends back in x-request-id."""
-    return headers.get("x-request-id", "unknown")
+    """The id that Serve's proxy gave the request or took from the caller and sends back, or our own (see `Guard`)."""
+    return headers["x-request-id"]
 
 
 async def read_body(request: Request, config: DeployConfig) -> bytes:

@@ -9,20 +9,19 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pipelines import runtime, storage
 from pipelines.errors import UserError
-from pipelines.serving import preflight
+from pipelines.serving import preflight, replicas
 from pipelines.serving.config import DeployConfig
 from pipelines.serving.preflight import KEY_VARIABLE
+from pipelines.serving.replicas import Report
 
 _POLL_S = 0.25
 _SHUTDOWN_S = 30.0
 _INGRESS_REQUESTS = 1000
-
-Report = Callable[[str], None]
 
 
 def start(model_dir: str, config: DeployConfig, report: Report = lambda what: None) -> str:
@@ -45,7 +44,7 @@ def start(model_dir: str, config: DeployConfig, report: Report = lambda what: No
     _start_proxy(config)
     _run_application(model_dir, config)
     try:
-        _wait_running(config, report)
+        replicas.wait_running(config, report)
         report("waiting for the first token")
         wait_ready(config.url, config.start_timeout_s)
     except BaseException:
@@ -210,7 +209,7 @@ def _start_proxy(config: DeployConfig) -> None:
         with contextlib.suppress(Exception):
             serve.shutdown()
         raise UserError(
-            f"Serve did not start on {config.host}:{config.port}: {_last_line(str(error))}",
+            f"Serve did not start on {config.host}:{config.port}: {replicas.last_line(str(error))}",
             f"is the port free on the head node? Or take another: --deploy.port {preflight.other_port(config)}",
         ) from error
 
@@ -261,40 +260,6 @@ def _run_application(model_dir: str, config: DeployConfig) -> None:
         )
     except (RayServeException, ValueError) as error:
         raise UserError(
-            f"the application {config.app_name} cannot be deployed: {_last_line(str(error))}",
+            f"the application {config.app_name} cannot be deployed: {replicas.last_line(str(error))}",
             "stop the application that is in the way: serve shutdown",
         ) from error
-
-
-def _wait_running(config: DeployConfig, report: Report) -> None:
-    """Wait for every replica; a UserError when one cannot start or is not given what it needs."""
-    from ray import serve
-
-    end = time.monotonic() + config.start_timeout_s
-    while True:
-        application = serve.status().applications.get(config.app_name)
-        status = "NOT_STARTED" if application is None else application.status.value
-        if status == "RUNNING":
-            return
-        reasons = (
-            [] if application is None else [one.message for one in application.deployments.values() if one.message]
-        )
-        if status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise UserError(
-                f"the engine did not start: {_last_line(' '.join(reasons))}",
-                "if the model is at fault, export it again; Ray's logs of the replica have the details",
-            )
-        if time.monotonic() > end:
-            why = _last_line(reasons[0]) if reasons else f"Serve says {status}"
-            raise UserError(
-                f"the application {config.app_name} did not start within {config.start_timeout_s:g} s: {why}",
-                "give the cluster what it waits for (CPUs or GPUs), or raise start_timeout_s",
-            )
-        report("loading the model")
-        time.sleep(_POLL_S)
-
-
-def _last_line(text: str) -> str:
-    """The line of a traceback that says what happened."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return storage.redacted(lines[-1]) if lines else "no reason was given"

@@ -4,13 +4,13 @@ import errno
 import os
 import socket
 
+from armd.config import MODEL_FILES
 from pipelines import runtime, storage
 from pipelines.errors import UserError
 from pipelines.serving.config import DeployConfig
 
 KEY_VARIABLE = "ARMD_API_KEY"
 """Environment variable with the API key that every path but /live asks for."""
-_MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "SHA256SUMS")
 
 
 def check_key(config: DeployConfig) -> None:
@@ -25,7 +25,7 @@ def check_key(config: DeployConfig) -> None:
 def check_model(model_dir: str) -> None:
     """Refuse a folder that is not an exported model; its content is verified where it is loaded."""
     names = storage.list_names(model_dir)
-    missing = [name for name in _MODEL_FILES if name not in names]
+    missing = [name for name in MODEL_FILES if name not in names]
     if missing:
         raise UserError(
             storage.redacted(f"{storage.absolute(model_dir)} holds no exported model: {missing[0]} is missing"),

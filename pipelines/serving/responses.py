@@ -107,7 +107,7 @@ class Answer:
         )
 
     def _armd(self, deltas: list[Delta]) -> dict[str, Any]:
-        head = {"streams": self._request.streams, "order": "strided"}
+        head = {"streams": self._request.streams, "order": "strided" if self._request.streams > 1 else "ltr"}
         if self._request.n_choices > 1:
             return head
         (delta,) = deltas
@@ -132,6 +132,7 @@ def model_object(facts: dict[str, Any], config: DeployConfig) -> dict[str, Any]:
         "object": "model",
         "created": facts["created"],
         "owned_by": "armd",
+        "root": config.model_name,
         "max_model_len": facts["max_model_len"],
         "armd": {
             "streams": {"min": 1, "max": config.max_streams, "default": config.default_streams},

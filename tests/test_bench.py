@@ -1,0 +1,170 @@
+"""The benchmarks measure what they say: counted tokens, the products of the real steps, a fair opponent."""
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import serving_parts
+import torch
+from models import tiny_model
+from torch import nn
+
+import armd
+from armd.decoder import Decoder, Work
+from jobs.benchmarks import corpus, decode, serve, train
+from jobs.benchmarks.measure import Product, forward_products
+from pipelines import storage
+
+B, N = 2, 8
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(result["machine"]) == {"device", "threads", "torch", "armd"}
+    return result
+
+
+def flops(products: Sequence[Product]) -> int:
+    return sum(2 * rows * n_in * n_out for rows, n_in, n_out in products)
+
+
+def count_linear(model: armd.ARMD, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows by the operations of every product with a weight that `model` computes."""
+    counted: list[int] = []
+
+    def on_linear(layer: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        counted.append(2 * output.numel() * inputs[0].shape[-1])
+
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_hook(on_linear)
+    head = model.head
+
+    def counted_head(hidden: torch.Tensor) -> torch.Tensor:
+        logits = head(hidden)
+        counted.append(2 * logits.numel() * hidden.shape[-1])
+        return logits
+
+    monkeypatch.setattr(model, "head", counted_head)
+    return counted
+
+
+def test_forward_products_are_those_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(n_layers=5, n_two_stream_layers=3)
+    counted = count_linear(model, monkeypatch)
+    model(torch.zeros(B, N, dtype=torch.long), armd.Order.strided(N, 2))
+    assert sum(counted) == flops(forward_products(model.config, B * N, B * N, B * N))
+
+
+@pytest.mark.parametrize("n_streams", [1, 3, 4, 16])
+def test_step_products_are_those_of_decoding(n_streams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    counted = count_linear(model, monkeypatch)
+    step = Decoder.step
+    each: list[int] = []
+
+    def counting_step(self: Decoder, work: Sequence[Work]) -> torch.Tensor:
+        counted.clear()
+        logits = step(self, work)
+        each.append(sum(counted))
+        return logits
+
+    monkeypatch.setattr(Decoder, "step", counting_step)
+    armd.generate(model, [[]] * B, armd.SamplingParams(max_tokens=N, n_streams=n_streams, seed=0))
+    assert each == [flops(step) for step in decode.step_products(model.config, B, N, n_streams)]
+
+
+def test_decode_counts_the_tokens_that_it_wrote(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--vocab-size", "16", "--tokens", "6", "--streams", "1", "4", "16", "--batches", "2"]
+    decode.main([*sizes, "--rounds", "1", "--device", "cpu"])
+    result = last_line(capsys)
+    assert (result["bench"], result["tokens"], result["n"]) == ("decode", 6, 1)
+    found = result["contestants"]
+    assert {name: one["steps"] for name, one in found.items()} == {
+        "batch 2, S=1": 6,
+        "batch 2, S=4": 5,
+        "batch 2, S=16": 6,
+    }
+    for one in found.values():
+        assert one["tokens_per_second"] * one["seconds"]["median"] == pytest.approx(2 * 6)
+        assert one["step_seconds"] * one["steps"] == pytest.approx(one["seconds"]["median"])
+        assert one["to_products"] == pytest.approx(one["step_seconds"] / one["product_seconds"])
+
+
+def test_decode_writes_no_more_than_the_model_holds(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = serving_parts.save(tmp_path / "saved", max_length=5)
+    options = ["--model-dir", str(saved), "--tokens", "100", "--streams", "2", "--batches", "1"]
+    decode.main([*options, "--rounds", "1", "--device", "cpu"])
+    result = last_line(capsys)
+    assert result["tokens"] == 5
+    one = result["contestants"]["batch 1, S=2"]
+    assert one["tokens_per_second"] * one["seconds"]["median"] == pytest.approx(5)
+
+
+def test_train_counts_the_tokens_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    train.main(["--vocab-size", "16", "--length", "8", "--batch", "2", "--rounds", "1", "--device", "cpu"])
+    result = last_line(capsys)
+    assert result["bench"] == "train"
+    assert set(result["contestants"]) == {"left-to-right", "progressive", "strided S=4", "bare products"}
+    for one in result["contestants"].values():
+        assert one["tokens_per_second"] * one["seconds"]["median"] == pytest.approx(16)
+    assert result["contestants"]["bare products"]["to_products"] == 1.0
+
+
+def test_the_bare_tokenizer_has_every_core(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text(serving_parts.TEXT)
+    monkeypatch.setenv(corpus.PARALLELISM, "")
+
+    def connect() -> None:
+        os.environ[corpus.PARALLELISM] = "false"
+
+    def stage(config: Any, inputs: Any, output_dir: str) -> dict[str, Any]:
+        assert os.environ[corpus.PARALLELISM] == "false"
+        storage.write_text(storage.join(output_dir, "tokenizer.json"), serving_parts.tokenizer().to_json())
+        return {"splits": {"train": {"tokens": 3}}}
+
+    seen = []
+    encode_batch = armd.Tokenizer.encode_batch
+
+    def bare(self: armd.Tokenizer, texts: Sequence[str]) -> Any:
+        seen.append(os.environ[corpus.PARALLELISM])
+        return encode_batch(self, texts)
+
+    monkeypatch.setattr(corpus.runtime, "connect", connect)
+    monkeypatch.setattr(corpus.corpus, "run", stage)
+    monkeypatch.setattr(armd.Tokenizer, "encode_batch", bare)
+    corpus.main(["--rounds", "2", "--sources", str(tmp_path / "a.txt")])
+    assert seen == ["true", "true"]
+    assert os.environ[corpus.PARALLELISM] == "false"
+    assert last_line(capsys)["tokens"] == 3
+
+
+def test_serve_counts_tokens_and_stops_where_the_server_does(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = serving_parts.save(tmp_path / "saved")
+    eos = serving_parts.tokenizer().eos_id
+    given: list[armd.SamplingParams] = []
+
+    def generate(network: armd.ARMD, prompts: Any, params: list[armd.SamplingParams]) -> list[armd.Completion]:
+        given.extend(params)
+        return [armd.Completion([1] * 3, [0.0] * 3, 3, "stop", [1, 2, 3]) for _ in params]
+
+    def request(method: str, url: str, body: Any, timeout_s: float) -> tuple[int, dict[str, Any]]:
+        return 200, {"usage": {"completion_tokens": 5}}
+
+    monkeypatch.setattr(serve, "generate", generate)
+    monkeypatch.setattr(serve.launch, "start", lambda *_: "http://127.0.0.1:1")
+    monkeypatch.setattr(serve.launch, "stop", lambda _: None)
+    monkeypatch.setattr(serve.launch, "request", request)
+    serve.main([str(saved), "--requests", "4", "--concurrency", "2", "--rounds", "3"])
+    found = last_line(capsys)["contestants"]
+    assert {name: one["tokens"] for name, one in found.items()} == {"HTTP, 2 at once": 20, "engine, 2 at once": 12}
+    assert len(given) == 12
+    assert all(one.stop_ids == (eos,) for one in given)
