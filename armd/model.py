@@ -131,17 +131,16 @@ class ARMD(nn.Module):
 
 
 def initialise(model: ARMD, generator: torch.Generator | None = None) -> None:
-    """Draw all weights, in the order of `named_parameters`; d is the model's width.
+    """Draw all weights, in the order of `named_parameters`.
 
-    | parameter                          | start                                                              |
-    | ---------------------------------- | ------------------------------------------------------------------ |
-    | embedding, start vector, null keys | normal, standard deviation 1 / sqrt(d)                             |
-    | projections                        | normal, 1 / sqrt(columns in)                                       |
+    | parameter                          | start                                                               |
+    | ---------------------------------- | ------------------------------------------------------------------- |
+    | embedding, start vector, null keys | normal, standard deviation 0.02                                     |
+    | projections                        | normal, 1 / sqrt(columns in)                                        |
     | out and MLP-out projections        | that, divided by sqrt(2 n_layers): the residual stream is their sum |
-    | position table                     | sines and cosines of unit norm a row                               |
-    | norms                              | one                                                                |
+    | position table                     | sines and cosines of unit norm a row                                |
+    | norms                              | one                                                                 |
     """
-    config = model.config
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -150,7 +149,7 @@ def initialise(model: ARMD, generator: torch.Generator | None = None) -> None:
                 parameter.copy_(sinusoids(*parameter.shape))
             else:
                 is_projection = parameter.ndim == 2 and "layers" in name
-                deviation = (parameter.shape[1] if is_projection else config.d_model) ** -0.5
+                deviation = parameter.shape[1] ** -0.5 if is_projection else 0.02
                 if name.endswith(("out.weight", "mlp_out.weight")):
-                    deviation /= math.sqrt(2 * config.n_layers)
+                    deviation /= math.sqrt(2 * model.config.n_layers)
                 nn.init.normal_(parameter, std=deviation, generator=generator)

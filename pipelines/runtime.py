@@ -20,6 +20,7 @@ WORKER_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # 5 by default: a busy machine needs longer to start a process
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # without it the dashboard's Train tab stays empty
 }
 

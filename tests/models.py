@@ -16,7 +16,6 @@ def tiny_model(
     n_heads: int = 2,
     d_prefix: int = 8,
     seed: int = 0,
-    scale: float = 1.5,
 ) -> ARMD:
     """A float64 model whose weights are large enough for every part to matter in its output."""
     architecture = Architecture(
@@ -32,6 +31,8 @@ def tiny_model(
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+            elif parameter.ndim == 2 and "layers" in name:
+                parameter.mul_(1.5)
             else:
-                parameter.mul_(scale)
+                parameter.mul_(10)
     return model.double().eval()

@@ -179,9 +179,7 @@ def test_initial_loss_is_that_of_guessing() -> None:
     model = ARMD(config, generator=generator())
     tokens = torch.randint(100, (4, 64), generator=generator())
     loss = -float(score(model, tokens, Order.left_to_right(64)).mean())
-    # The head is tied to the embedding and a query holds earlier embeddings, so at first earlier tokens are expected
-    # again, which random text does not reward.
-    assert math.log(100) < loss < math.log(100) + 1.5
+    assert abs(loss - math.log(100)) < 0.3
 
 
 @pytest.mark.parametrize(
