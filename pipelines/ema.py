@@ -56,11 +56,12 @@ class Ema:
 
     @torch.no_grad()
     def _copy(self, source: dict[str, Tensor]) -> None:
+        if self.sharded:  # drop what stage 3 has gathered from the old slices and would go on computing with
+            self._engine.empty_partition_cache()
         for name, tensor in self._held.items():
             tensor.copy_(source[name])
         kept_whole = getattr(self._engine.optimizer, "persistent_parameters", [])
-        if kept_whole:  # stage 3 keeps small parameters gathered: gather them anew, as it does after its own step
-            kept_whole[0].partition(kept_whole)
+        if kept_whole:  # small parameters stay gathered between steps
             kept_whole[0].all_gather(kept_whole)
 
 

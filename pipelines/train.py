@@ -100,7 +100,8 @@ def work(settings: dict[str, Any]) -> dict[str, Any] | None:
         nonlocal last
         if record["kind"] != "progress" and gauges is not None:
             gauges.set(record)
-        if record["kind"] == "validation" or time.monotonic() - last > 0.5:
+        ends = record["step"] == settings["job"].config.total_steps
+        if record["kind"] == "validation" or ends or time.monotonic() - last > 0.5:
             last = time.monotonic()
             board.post.remote(record)
 
@@ -181,7 +182,9 @@ def _watching(total_steps: int, progress: Progress) -> Iterator[Any]:
 
     def poll() -> None:
         validation = ""
-        while not done.wait(0.5):
+        finished = False
+        while not finished:
+            finished = done.wait(0.5)  # and once more at the end, for what was posted last
             with contextlib.suppress(ray.exceptions.RayError):  # the cluster went down: the main thread says so
                 for record in ray.get(board.take.remote()):
                     if record["kind"] == "validation" and record["n_streams"] == 1:

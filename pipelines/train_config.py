@@ -64,7 +64,9 @@ class TrainConfig:
     max_failures: int = 3
     """Times a crashed or lost worker group is restarted from the newest checkpoint."""
     zero_stage: Literal[1, 2, 3] = 1
-    """What DeepSpeed ZeRO shards over the workers: 1 optimiser state, 2 and gradients, 3 and parameters."""
+    """What DeepSpeed ZeRO shards over the workers: 1 optimiser state, 2 and gradients, 3 and parameters.
+
+    In bfloat16, stages 2 and 3 add up micro-batches in float32, stage 1 in bfloat16."""
     log_every: int = 10
     """Steps between two lines of metrics.jsonl."""
     validate_every: int = 1_000

@@ -13,8 +13,10 @@ from pipelines.train_config import TrainConfig
 def deepspeed_config(config: TrainConfig, *, bfloat16: bool) -> dict[str, Any]:
     """DeepSpeed's configuration dictionary for one run."""
     precision: dict[str, Any] = {"bf16": {"enabled": bfloat16}}
-    if bfloat16:  # 8 bits are too few to add up micro-batches and ranks in
-        precision |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+    if bfloat16:  # 8 bits are too few to add up ranks in
+        precision["communication_data_type"] = "fp32"
+        if config.zero_stage > 1:  # and micro-batches; stage 1 would save what DeepSpeed's own converter cannot read
+            precision["data_types"] = {"grad_accum_dtype": "fp32"}
     return {
         **precision,
         "train_batch_size": config.batch_size,

@@ -128,7 +128,7 @@ WORKER = "pipelines.train_loop.Worker"
         (partial(die, f"{WORKER}._train_step", 3), 0),
         (partial(die, f"{WORKER}._held_out", 1), 4),
         (partial(die, "pipelines.checkpoint.put_shards", 2, after=True), 4),
-        (partial(die, "pipelines.storage.write_text", 3), 4),  # the owner's name, the first mark, then this one
+        (partial(die, "pipelines.storage.write_text", 6), 4),  # owner, metrics, and for each: manifest, mark
         (partial(die, "pipelines.checkpoint.prune", 2), 8),
         (partial(die, f"{WORKER}._summary", 1), 10),
     ],
@@ -221,7 +221,8 @@ def test_an_object_store_holds_a_run_from_start_to_export(
 
     from pipelines.train_loop import train
 
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    for name, value in {"DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
     dist.init_process_group("gloo", init_method=(tmp_path / "store").as_uri(), rank=0, world_size=1)
     try:
         output = "memory://bucket/train"
