@@ -100,6 +100,8 @@ def work(settings: dict[str, Any]) -> dict[str, Any] | None:
         nonlocal last
         if record["kind"] != "progress" and gauges is not None:
             gauges.set(record)
+        if record["kind"] == "train":
+            return
         ends = record["step"] == settings["job"].config.total_steps
         if record["kind"] == "validation" or ends or time.monotonic() - last > 0.5:
             last = time.monotonic()
