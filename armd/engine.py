@@ -105,16 +105,6 @@ class Engine:
         """True when no request waits or runs."""
         return not self._waiting and not self._running
 
-    @property
-    def n_running(self) -> int:
-        """Requests that hold a slot."""
-        return len(self._running)
-
-    @property
-    def n_waiting(self) -> int:
-        """Requests that wait for a slot."""
-        return len(self._waiting)
-
     def submit(self, prompt: Sequence[int], params: SamplingParams) -> int:
         """Queue a continuation of `prompt` (token ids, may be empty); returns the request's id.
 
