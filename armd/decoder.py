@@ -17,7 +17,8 @@ from torch import Tensor
 
 from armd.attention import rotary_angles
 from armd.cache import Cache, rows_of
-from armd.model import ARMD, Layer
+from armd.layers import Layer
+from armd.model import ARMD
 
 
 @dataclass

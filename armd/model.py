@@ -14,42 +14,17 @@ Shapes: B sequences, N tokens or ranks, D model width, V words. Ranked tensors h
 generation, others in the order of the text.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from armd.attention import Attention, causal_mask, rotary_angles, strict_mask
+from armd.attention import causal_mask, rotary_angles, strict_mask
 from armd.config import ModelConfig
+from armd.layers import Layer, initialise
 from armd.order import Order
-from armd.prefix import aggregate, sinusoids
-
-
-class Layer(nn.Module):
-    """Attention and MLP with one set of weights for whichever stream passes through."""
-
-    def __init__(self, config: ModelConfig, *, two_stream: bool) -> None:
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(config.d_model, eps=1e-6)
-        self.attention = Attention(config.d_model, config.n_heads, null_key=two_stream)
-        self.mlp_norm = nn.RMSNorm(config.d_model, eps=1e-6)
-        self.mlp_in = nn.Linear(config.d_model, 4 * config.d_model, bias=False)
-        self.mlp_out = nn.Linear(4 * config.d_model, config.d_model, bias=False)
-
-    def queries(self, x: Tensor, rotary: Tensor) -> Tensor:
-        """Queries (B, H, N, A) of the rows of a stream."""
-        return self.attention.queries(self.attention_norm(x), rotary)
-
-    def keys_values(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, H, N, A) of the rows of a stream."""
-        return self.attention.keys_values(self.attention_norm(x), rotary)
-
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """The stream after the layer, from what its queries attended to (B, N, D)."""
-        x = x + attended
-        return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
+from armd.prefix import aggregate
 
 
 class ARMD(nn.Module):
@@ -71,7 +46,7 @@ class ARMD(nn.Module):
             Layer(config, two_stream=False) for _ in range(n_causal)
         )
         self.final_norm = nn.RMSNorm(config.d_model, eps=1e-6)
-        initialise(self, generator)
+        initialise(self, config.n_layers, generator)
 
     def forward(self, tokens_BN: Tensor, order: Order) -> Tensor:
         """Logits (B, N, V) in text order: [b, p] predicts the token at position p from the earlier blocks alone.
@@ -128,28 +103,3 @@ class ARMD(nn.Module):
             raise ValueError(f"{order.length} tokens are more than the model's max_length of {self.config.max_length}")
         if order.positions.ndim == 2 and order.positions.shape[0] != tokens_BN.shape[0]:
             raise ValueError(f"{order.positions.shape[0]} orders were given for {tokens_BN.shape[0]} sequences")
-
-
-def initialise(model: ARMD, generator: torch.Generator | None = None) -> None:
-    """Draw all weights, in the order of `named_parameters`.
-
-    | parameter                          | start                                                               |
-    | ---------------------------------- | ------------------------------------------------------------------- |
-    | embedding, start vector, null keys | normal, standard deviation 0.02                                     |
-    | projections                        | normal, 1 / sqrt(columns in)                                        |
-    | out and MLP-out projections        | that, divided by sqrt(2 n_layers): the residual stream is their sum |
-    | position table                     | sines and cosines of unit norm a row                                |
-    | norms                              | one                                                                 |
-    """
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.fill_(1.0)
-            elif name == "prefix_table":
-                parameter.copy_(sinusoids(*parameter.shape))
-            else:
-                is_projection = parameter.ndim == 2 and "layers" in name
-                deviation = parameter.shape[1] ** -0.5 if is_projection else 0.02
-                if name.endswith(("out.weight", "mlp_out.weight")):
-                    deviation /= math.sqrt(2 * model.config.n_layers)
-                nn.init.normal_(parameter, std=deviation, generator=generator)

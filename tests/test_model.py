@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from armd import ARCHITECTURES, ARMD, Order, score
-from armd.model import initialise
+from armd.layers import initialise
 from armd.prefix import aggregate
 from tests.models import tiny_model
 from tests.oracle import all_sequences, blocks_by_loop, logits_by_loop, prefix_by_loop
@@ -170,7 +170,7 @@ def test_same_generator_same_weights() -> None:
     one, other = ARMD(config, generator=generator(5)), ARMD(config, generator=generator(5))
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
-    initialise(other, generator(6))
+    initialise(other, other.config.n_layers, generator(6))
     assert not torch.equal(one.embedding.weight, other.embedding.weight)
 
 
