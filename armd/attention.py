@@ -1,11 +1,31 @@
 """One attention for both streams: rotary by position, a null key for the strict stream, masks by block.
 
-Shapes: B sequences, H heads, N ranks, A width of a head, D model width.
+Both masks say the same of a query: it sees its first so many keys, and `limits` is how many (section 2.1).
+
+* Causal (Mc): rank n sees the keys of block(i) <= block(n); they end at the block's end, so the limit is `block_ends`.
+* Strictly causal (Ms): rank n sees the null key and the keys of block(i) < block(n). The strict stream's keys are
+  shifted by one with the null key in front, so the limit is `block_starts + 1`. The key of the last rank falls off the
+  end, and nobody misses it: no block comes after the last.
+
+With one token a block both limits are n + 1, which is plain causal attention (section 2.3).
+
+Shapes: B sequences (1 where an order is shared), H heads, N ranks, A width of a head, D model width.
 """
+
+import functools
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+Kernel = Literal["causal", "flex", "mask"]
+"""How attention is computed: plain causal kernels without a mask, FlexAttention over a block mask, a boolean mask."""
+
+Mask = Tensor | BlockMask | None
+"""What a query sees, as its kernel wants it; None is plain causal attention."""
 
 
 def rotary_angles(positions: Tensor, head_width: int, base: float = 10_000.0) -> Tensor:
@@ -25,16 +45,65 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1).to(x.dtype)
 
 
-def causal_mask(block_ends_BN: Tensor) -> Tensor:
-    """(B, 1, N, N) bool: the key at rank i is visible at rank n when block(i) <= block(n)  (the paper's Mc)."""
-    ranks = torch.arange(block_ends_BN.shape[-1], device=block_ends_BN.device)
-    return (ranks < block_ends_BN[..., None])[:, None]
+def choose_kernel(*, one_by_one: bool, head_width: int, device: torch.device) -> Kernel:
+    """The kernel that attention runs on; everything that it depends on is known without asking the device.
+
+    | kernel | where                                                                                     |
+    | ------ | ----------------------------------------------------------------------------------------- |
+    | causal | one token a block                                                                         |
+    | flex   | larger blocks on CUDA                                                                     |
+    | mask   | larger blocks elsewhere, where FlexAttention has no backward pass, and on CUDA with heads |
+    |        | narrower than 16, which its kernels refuse                                                |
+    """
+    if one_by_one:
+        return "causal"
+    return "flex" if device.type == "cuda" and head_width >= 16 else "mask"
 
 
-def strict_mask(block_starts_BN: Tensor) -> Tensor:
-    """(B, 1, N, 1 + N) bool: the null key always, the key at rank i when block(i) < block(n)  (the paper's Ms)."""
-    ranks = torch.arange(-1, block_starts_BN.shape[-1], device=block_starts_BN.device)
-    return (ranks < block_starts_BN[..., None])[:, None]
+def build_mask(limits_BN: Tensor, kernel: Kernel) -> Mask:
+    """The mask under which the query at rank n sees the keys `i < limits[n]`, for any `kernel` but "causal".
+
+    A mask of B = 1 serves the whole batch.
+    """
+    assert kernel != "causal", "plain causal kernels need no mask"
+    return boolean_mask(limits_BN) if kernel == "mask" else block_mask(limits_BN)
+
+
+def boolean_mask(limits_BN: Tensor) -> Tensor:
+    """(B, 1, N, N) bool: `i < limits[n]`."""
+    keys = torch.arange(limits_BN.shape[-1], device=limits_BN.device)
+    return (keys < limits_BN[..., None])[:, None]
+
+
+def block_mask(limits_BN: Tensor) -> BlockMask:
+    """`i < limits[n]` for FlexAttention, which skips the tiles that no query sees."""
+    batch, length = limits_BN.shape
+    shared_N = limits_BN[0]
+
+    def sees_by_sequence(b: Tensor, h: Tensor, n: Tensor, i: Tensor) -> Tensor:
+        return i < limits_BN[b, n]
+
+    def sees(b: Tensor, h: Tensor, n: Tensor, i: Tensor) -> Tensor:  # b counts the batch's sequences, shared or not
+        return i < shared_N[n]
+
+    predicate = sees if batch == 1 else sees_by_sequence
+    return create_block_mask(predicate, batch, None, length, length, device=limits_BN.device)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
+    """Softmax attention (B, H, N, A) over the keys that `mask` lets each query see."""
+    if isinstance(mask, BlockMask):
+        # Uncompiled, it holds all N x N scores; on a CPU only tests come here, and compilation would cost them more.
+        if q.device.type == "cpu" or torch.compiler.is_compiling():
+            return flex_attention(q, k, v, block_mask=mask)
+        return _compiled_flex_attention()(q, k, v, block_mask=mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+
+
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    """One for the process. `fullgraph` makes too many recompilations an error, where they would go on uncompiled."""
+    return torch.compile(flex_attention, fullgraph=True)
 
 
 class Attention(nn.Module):
@@ -66,21 +135,18 @@ class Attention(nn.Module):
         """(B, N, D): the heads joined and projected out."""
         return self.out(heads_BHNA.transpose(1, 2).flatten(2))
 
-    def causal(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Rank n sees block(i) <= block(n). `mask` None says one token a block, where plain causal attention serves."""
-        return self.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None))
+    def causal(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
+        """(B, N, D): rank n sees block(i) <= block(n). No `mask` says one token a block."""
+        return self.merge(attend(q, k, v, mask))
 
-    def strict(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Rank n sees the null key and block(i) < block(n).
+    def strict(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
+        """(B, N, D): rank n sees the null key and block(i) < block(n). No `mask` says one token a block.
 
-        With one token a block (`mask` None) the keys are shifted by one, the null key in front, and plain causal
-        attention is exactly this (section 2.3); else the null key stands before all and `mask` says the rest.
+        The keys are shifted by one, the null key in front; `mask` is over the shifted keys.
         """
         null_key, null_value = self.null_keys_values(k)
-        if mask is None:
-            k, v = k[:, :, :-1], v[:, :, :-1]
-        k, v = torch.cat([null_key, k], dim=2), torch.cat([null_value, v], dim=2)
-        return self.causal(q, k, v, mask)
+        k, v = torch.cat([null_key, k[:, :, :-1]], dim=2), torch.cat([null_value, v[:, :, :-1]], dim=2)
+        return self.merge(attend(q, k, v, mask))
 
     def null_keys_values(self, like_BHNA: Tensor) -> tuple[Tensor, Tensor]:
         """The null key and value, (B, H, 1, A) each, in the type of `like`."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from armd.attention import Attention
+from armd.attention import Attention, Mask
 from armd.config import ModelConfig
 from armd.prefix import sinusoids
 
@@ -25,6 +25,26 @@ class Layer(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.d_model, eps=1e-6)
         self.mlp_in = nn.Linear(config.d_model, 4 * config.d_model, bias=False)
         self.mlp_out = nn.Linear(4 * config.d_model, config.d_model, bias=False)
+
+    def both_streams(
+        self, x: Tensor, g: Tensor, rotary: Tensor, causal: Mask = None, strict: Mask = None
+    ) -> tuple[Tensor, Tensor]:
+        """Content and query stream (B, N, D) after the layer: queries from each, keys and values from content alone."""
+        attention, normed = self.attention, self.attention_norm(x)
+        k, v = attention.keys_values(normed, rotary)
+        g = self.finish(g, attention.strict(self.queries(g, rotary), k, v, strict))
+        return self.finish(x, attention.causal(attention.queries(normed, rotary), k, v, causal)), g
+
+    def query_stream(self, x: Tensor, g: Tensor, rotary: Tensor, strict: Mask = None) -> Tensor:
+        """The query stream after the layer, where nobody reads content any more: of that, keys and values alone."""
+        k, v = self.keys_values(x, rotary)
+        return self.finish(g, self.attention.strict(self.queries(g, rotary), k, v, strict))
+
+    def causal_stream(self, x: Tensor, rotary: Tensor, causal: Mask = None) -> Tensor:
+        """The only stream after the layer, its queries, keys and values all its own."""
+        attention, normed = self.attention, self.attention_norm(x)
+        k, v = attention.keys_values(normed, rotary)
+        return self.finish(x, attention.causal(attention.queries(normed, rotary), k, v, causal))
 
     def queries(self, x: Tensor, rotary: Tensor) -> Tensor:
         """Queries (B, H, N, A) of the rows of a stream."""

@@ -14,13 +14,15 @@ Shapes: B sequences, N tokens or ranks, D model width, V words. Ranked tensors h
 generation, others in the order of the text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from armd.attention import causal_mask, rotary_angles, strict_mask
+from armd.attention import Kernel, Mask, build_mask, choose_kernel, rotary_angles
 from armd.config import ModelConfig
 from armd.layers import Layer, initialise
 from armd.order import Order
@@ -29,6 +31,9 @@ from armd.prefix import aggregate
 
 class ARMD(nn.Module):
     """The model; see the module's docstring. `generator` draws the initial weights."""
+
+    activation_checkpointing = False
+    """Keep only what enters each layer for the backward pass, and compute the rest again there."""
 
     def __init__(self, config: ModelConfig, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -48,36 +53,39 @@ class ARMD(nn.Module):
         self.final_norm = nn.RMSNorm(config.d_model, eps=1e-6)
         initialise(self, config.n_layers, generator)
 
-    def forward(self, tokens_BN: Tensor, order: Order) -> Tensor:
+    def kernel(self, order: Order, device: torch.device | str) -> Kernel:
+        """What the forward pass computes attention with, for `order` on `device`; see `choose_kernel`."""
+        return choose_kernel(
+            one_by_one=order.one_by_one,
+            head_width=self.config.d_model // self.config.n_heads,
+            device=torch.device(device),
+        )
+
+    def forward(self, tokens_BN: Tensor, order: Order, kernel: Kernel | None = None) -> Tensor:
         """Logits (B, N, V) in text order: [b, p] predicts the token at position p from the earlier blocks alone.
 
-        `tokens_BN` is int64 in text order; `order` has N positions, shared or one for each sequence, on any device.
+        `tokens_BN` is int64 in text order; `order` has N positions, shared or one for each sequence, on the tokens'
+        device. `kernel` None takes what `self.kernel` answers.
         """
-        order = order.to(tokens_BN.device)
-        logits_BNV = self.head(self.hidden_by_rank(tokens_BN, order))
+        logits_BNV = self.head(self.hidden_by_rank(tokens_BN, order, kernel))
         ranks_BN = order.ranks.expand(tokens_BN.shape)
         return logits_BNV.gather(1, ranks_BN[..., None].expand_as(logits_BNV))
 
-    def hidden_by_rank(self, tokens_BN: Tensor, order: Order) -> Tensor:
+    def hidden_by_rank(self, tokens_BN: Tensor, order: Order, kernel: Kernel | None = None) -> Tensor:
         """The last layer's output (B, N, D), ranked and normalised: what the head turns into logits."""
         self._check(tokens_BN, order)
+        causal, strict = self._masks(order, kernel or self.kernel(order, tokens_BN.device))
         positions_BN = order.positions.reshape(-1, order.length)  # B is 1 where the order is shared
+        rotary = rotary_angles(positions_BN, self.config.d_model // self.config.n_heads)[:, None]
         x = self.embedding(tokens_BN.gather(1, positions_BN.expand(tokens_BN.shape)))
         g = self.first_query(x, order)
-        rotary = rotary_angles(positions_BN, self.config.d_model // self.config.n_heads)[:, None]
 
-        causal = strict = None
-        if not order.one_by_one:
-            causal = causal_mask(order.block_ends.reshape(-1, order.length))
-            strict = strict_mask(order.block_starts.reshape(-1, order.length))
-        for depth, layer in enumerate(self.two_stream_layers, start=1):
-            k, v = layer.keys_values(x, rotary)
-            g = layer.finish(g, layer.attention.strict(layer.queries(g, rotary), k, v, strict))
-            if depth < len(self.two_stream_layers):  # above the last one nobody reads X
-                x = layer.finish(x, layer.attention.causal(layer.queries(x, rotary), k, v, causal))
+        *lower, last = self.two_stream_layers
+        for layer in lower:
+            x, g = self._run(layer.both_streams, x, g, rotary, causal, strict)
+        g = self._run(last.query_stream, x, g, rotary, strict)
         for layer in self.causal_layers:
-            k, v = layer.keys_values(g, rotary)
-            g = layer.finish(g, layer.attention.causal(layer.queries(g, rotary), k, v, causal))
+            g = self._run(layer.causal_stream, g, rotary, causal)
         return self.final_norm(g)
 
     def first_query(self, x_BND: Tensor, order: Order) -> Tensor:
@@ -96,9 +104,27 @@ class ARMD(nn.Module):
         """Logits (..., V) of normalised hidden rows (..., D)."""
         return F.linear(hidden, self.embedding.weight)
 
+    def _masks(self, order: Order, kernel: Kernel) -> tuple[Mask, Mask]:
+        """The causal mask and, over shifted keys, the strict one."""
+        if kernel == "causal":
+            if not order.one_by_one:
+                raise ValueError(f"causal kernels want one token a block, the order has {order.largest_block}")
+            return None, None
+        starts, ends = (limits.reshape(-1, order.length) for limits in (order.block_starts, order.block_ends))
+        return build_mask(ends, kernel), build_mask(starts + 1, kernel)
+
+    def _run(self, layer: Callable[..., Any], *inputs: Any) -> Any:
+        """One layer's method on `inputs`, under `activation_checkpointing` where gradients are wanted."""
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            # There is no dropout whose random state would have to be kept.
+            return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return layer(*inputs)
+
     def _check(self, tokens_BN: Tensor, order: Order) -> None:
         if tokens_BN.ndim != 2 or tokens_BN.shape[1] != order.length:
             raise ValueError(f"tokens have shape {tuple(tokens_BN.shape)}, the order wants (B, {order.length})")
+        if order.positions.device != tokens_BN.device:  # copied here, it would hold up the device in every pass
+            raise ValueError(f"the order is on {order.positions.device}, the tokens on {tokens_BN.device}")
         if order.length > self.config.max_length:
             raise ValueError(f"{order.length} tokens are more than the model's max_length of {self.config.max_length}")
         if order.positions.ndim == 2 and order.positions.shape[0] != tokens_BN.shape[0]:

@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: one Ray cluster a session, started when the first test asks for it."""
+"""Fixtures that several test files share; the Ray cluster is one a session, started when the first test asks for it."""
 
 from collections.abc import Iterator
 
@@ -15,3 +15,12 @@ def ray_cluster() -> Iterator[None]:
     runtime.connect(cpus=4)
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def flex_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets FlexAttention's uncompiled form run backward on a CPU, which it refuses for want of a kernel."""
+    import torch
+
+    torch._dynamo.reset()  # many small shapes in one process would meet its limit of recompilations
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)

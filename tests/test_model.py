@@ -1,42 +1,27 @@
-"""The invariants of the specification's section 7, and the model against its definition by loops."""
+"""The model against its definition by loops, in every precision and mode; its size, its start and its bad input."""
 
+import contextlib
 import math
+import os
+import shutil
 
 import pytest
 import torch
+from torch import Tensor
 
 from armd import ARCHITECTURES, ARMD, Order, score
+from armd.attention import Kernel
+from armd.config import Architecture
 from armd.layers import initialise
-from armd.prefix import aggregate
+from tests.memory import DeviceOnly
 from tests.models import tiny_model
-from tests.oracle import all_sequences, blocks_by_loop, logits_by_loop, prefix_by_loop
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def orders(length: int) -> dict[str, Order]:
-    """One of every kind, shared and by sequence."""
-    return {
-        "left to right": Order.left_to_right(length),
-        "progressive": Order.progressive(length, 4, generator=generator(1)),
-        "random": Order.random(length, generator=generator(2)),
-        "strided 2": Order.strided(length, 2),
-        "strided 3, prefix, ragged": Order.strided(length, 3, prefix=3),
-        "all streams of one": Order.strided(length, length),
-        "one block": Order.given(range(length), [0] * length),
-        "by sequence": Order.stack([Order.random(length, generator=generator(3)), Order.left_to_right(length)]),
-        "by sequence, blocks": Order.stack([Order.strided(length, 2), Order.strided(length, 4, prefix=1)]),
-    }
-
-
-NAMES = list(orders(9))
+from tests.oracle import logits_by_loop
+from tests.orders import NAMES, generator, orders
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_is_the_definition(name: str) -> None:
-    """Every kernel path against loops over ranks. Seen to fail with `<=` for `<` in strict_mask."""
+    """Every kind of order against loops over ranks. Fails with `<=` for `<` in boolean_mask."""
     model, order = tiny_model(), orders(9)[name]
     tokens = torch.randint(13, (2, 9), generator=generator())
     with torch.no_grad():
@@ -46,116 +31,163 @@ def test_forward_is_the_definition(name: str) -> None:
             torch.testing.assert_close(logits[row], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_logits_do_not_see_their_own_or_later_blocks(name: str) -> None:
-    """Invariant 1: exactly zero, not small. Seen to fail with the strict stream's queries taken from X."""
-    model, order, length = tiny_model(), orders(9)[name], 9
-    tokens = torch.randint(13, (2, length), generator=generator())
-    order = Order.stack([order, order]) if order.positions.ndim == 1 else order
-    seen = torch.zeros(2, length, length, dtype=torch.bool)  # [row, rank n, rank m]
-    embedded: list[torch.Tensor] = []
-
-    def keep(_: torch.nn.Module, __: tuple, output: torch.Tensor) -> torch.Tensor:
-        embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
-
-    handle = model.embedding.register_forward_hook(keep)
-    hidden = model.hidden_by_rank(tokens, order)
-    handle.remove()
-    for n in range(length):
-        (gradient,) = torch.autograd.grad(hidden[:, n].sum(), embedded[0], retain_graph=True, allow_unused=True)
-        seen[:, n] = gradient.abs().sum(dim=2) > 0 if gradient is not None else False
-    for row in range(2):
-        blocks = blocks_by_loop(order, row)
-        for n in range(length):
-            for m in range(length):
-                assert bool(seen[row, n, m]) == (blocks[m] < blocks[n]), (n, m)
-
-
-def test_order_inside_the_target_block_only_permutes_the_outputs() -> None:
-    """Invariant 2, second half: in which sequence a block's positions are listed does not matter."""
-    model = tiny_model()
-    tokens = torch.randint(13, (1, 8), generator=generator())
-    one = Order.given([0, 3, 5, 1, 7, 2, 4, 6], [0, 1, 2, 2, 2, 3, 3, 3])
-    other = Order.given([0, 3, 7, 5, 1, 6, 2, 4], [0, 1, 2, 2, 2, 3, 3, 3])
+def test_the_last_two_stream_layer_computes_keys_and_values_alone_from_content() -> None:
+    """Fails when hidden_by_rank sends it through both_streams."""
+    model, calls = tiny_model(n_layers=4, n_two_stream_layers=2), []
+    for depth, layer in enumerate([*model.two_stream_layers, *model.causal_layers]):
+        for name in ("attention.query", "attention.key_value", "attention.out", "mlp_in"):
+            module = layer.get_submodule(name)
+            module.register_forward_hook(lambda *_, called=(depth, name): calls.append(called))
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens, one), model(tokens, other), rtol=1e-5, atol=1e-5)
+        model(torch.zeros(1, 9, dtype=torch.int64), Order.left_to_right(9))
+    for depth in range(4):
+        rows = 2 if depth == 0 else 1
+        assert calls.count((depth, "attention.key_value")) == 1
+        for name in ("attention.query", "attention.out", "mlp_in"):
+            assert calls.count((depth, name)) == rows
 
 
-def test_order_of_the_evidence_matters_only_through_context_of_causal_layers() -> None:
-    """Invariant 2, first half, and what holds of it: G0 is a sum over the evidence, so it does not change at all.
+# Precision and modes
 
-    The strict attention of a first two-stream layer does not depend on it either, since content keys of that layer
-    are the embeddings themselves. Above, content rows have seen what came before them in the order, so predictions do
-    change when the evidence is reordered in blocks of its own; a block of evidence may be listed in any order.
+
+def results(model: ARMD, order: Order, run: torch.nn.Module | None = None, **arguments: object) -> list[Tensor]:
+    """The mean loss, the logits and every gradient of `run`, the model itself or a compiled form of it."""
+    tokens = torch.randint(13, (2, order.length), generator=generator())
+    logits = (model if run is None else run)(tokens, order, **arguments)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return [loss.detach(), logits.detach(), *gradients]
+
+
+def all_gradients(outcome: list[Tensor]) -> Tensor:
+    """The gradients among `results`, as one vector."""
+    return torch.cat([gradient.flatten() for gradient in outcome[2:]])
+
+
+MODES = ["left to right", "by sequence", "strided 3, prefix, ragged"]
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_bfloat16_autocast(name: str) -> None:
+    """Within bfloat16's three digits; prefix aggregation, a long sum, stays in float32 all the same.
+
+    Fails without `enabled=False` in first_query.
     """
-    tokens = torch.randint(13, (1, 6), generator=generator())
-    one, other = Order.given([0, 1, 2, 3, 4, 5]), Order.given([2, 0, 3, 1, 4, 5])
-    shallow = tiny_model(n_layers=1, n_two_stream_layers=1)
-    deep = tiny_model()
+    model, order = tiny_model().float(), orders(32)[name]
+    exact = results(model, order)
+    aggregated: list[Tensor] = []
+    model.query_norm.register_forward_pre_hook(lambda _, inputs: aggregated.append(inputs[0]))
+    results(model, order)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = results(model, order)
+    assert torch.equal(aggregated[0], aggregated[1])
+    assert rounded[1].dtype == torch.bfloat16
+    assert float(rounded[0]) == pytest.approx(float(exact[0]), rel=0.01)
+    for a, b in ((exact[1], rounded[1]), (all_gradients(exact), all_gradients(rounded))):
+        assert (a - b.float()).norm() < 0.05 * a.norm()
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_float32_is_float64_rounded(name: str) -> None:
+    model, order = tiny_model(), orders(32)[name]
+    exact = results(model, order)
+    for a, b in zip(exact, results(model.float(), order), strict=True):
+        assert (a - b).norm() < 1e-4 * a.norm()
+
+
+@pytest.mark.parametrize("kernel", [None, "flex"])
+@pytest.mark.parametrize("name", MODES)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+def test_activation_checkpointing_changes_nothing_but_memory(
+    name: str, kernel: Kernel | None, flex_backward: None
+) -> None:
+    """Bit for bit. Fails where _run calls the layer at once: then as much is kept as before."""
+    model, order = tiny_model().float(), orders(32)[name]
+    kept = {}
+    for model.activation_checkpointing in (False, True):
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            outcome = results(model, order, kernel=kernel)
+        kept[model.activation_checkpointing] = sum(sizes), outcome
+    assert kept[True][0] < 0.6 * kept[False][0]
+    for plain, recomputed in zip(kept[False][1], kept[True][1], strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_activation_checkpointing_costs_nothing_where_no_gradient_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    model.activation_checkpointing = True
+    monkeypatch.setattr("armd.model.checkpoint", None)
     with torch.no_grad():
-        for rank in (4, 5):  # positions 4 and 5 stand at these ranks in both
-            a, b = (shallow.hidden_by_rank(tokens, o)[0, rank] for o in (one, other))
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-        a, b = (deep.hidden_by_rank(tokens, o)[0, 4] for o in (one, other))
-        assert (a - b).abs().max() > 1e-3
+        model(torch.zeros(1, 9, dtype=torch.int64), Order.left_to_right(9))
 
 
-@pytest.mark.parametrize("name", ["left to right", "progressive", "random", "by sequence"])
-def test_shifted_keys_are_masked_attention(name: str) -> None:
-    """Invariant 3. Declaring a larger block than there is sends a one-by-one order down the masked path."""
-    model, order = tiny_model(), orders(9)[name]
-    tokens = torch.randint(13, (2, 9), generator=generator())
-    masked = Order(order.positions, order.blocks, largest_block=2)
-    with torch.no_grad():
-        torch.testing.assert_close(model(tokens, order), model(tokens, masked), rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize(("name", "checkpointing"), [("by sequence", True), ("strided 3, prefix, ragged", False)])
+def test_torch_compile_traces_the_whole_model(name: str, checkpointing: bool) -> None:
+    """Forward and backward as one graph each, without a compiler. Fails with an `if` on any tensor in the pass."""
+    torch._dynamo.reset()
+    model, order = tiny_model(n_layers=3).float(), orders(32)[name]
+    eager = results(model, order)
+    model.activation_checkpointing = checkpointing
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for a, b in zip(eager, results(model, order, compiled), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 16, 128])
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile wants a C++ compiler")
+def test_torch_compile_computes_the_same() -> None:
+    torch._dynamo.reset()
+    model, order = tiny_model(n_layers=2, n_two_stream_layers=1).float(), orders(32)["random"]
+    eager = results(model, order)
+    for a, b in zip(eager, results(model, order, torch.compile(model, fullgraph=True)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_chunked_prefix_aggregation_is_the_quadratic_sum(name: str, chunk: int) -> None:
-    """Invariant 3. Seen to fail with the running state taken one chunk too far."""
-    order = orders(23)[name]
-    p = torch.randn(2, 23, 8, generator=generator())
-    x = torch.randn(2, 23, 5, generator=generator(1))
-    starts = order.block_starts.reshape(-1, 23)
-    got = aggregate(p, x, starts, order.largest_block, chunk)
-    for row in range(2):
-        expected = prefix_by_loop(p[row], x[row], blocks_by_loop(order, row))
-        torch.testing.assert_close(got[row], expected, rtol=1e-4, atol=1e-4)
+def test_forward_and_backward_never_wait_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, where a tensor has no value to wait for, and with every tensor made there, not copied to it.
+
+    Fails with `torch.arange(...)` without a device in rotary_angles or aggregate, and with `.item()` anywhere.
+    """
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it knows no meta device
+    model, order = tiny_model().to("meta"), orders(9)[name].to("meta")
+    tokens = torch.zeros(2, 9, dtype=torch.int64, device="meta")
+    with DeviceOnly("meta"):
+        model(tokens, order).sum().backward()
 
 
-@pytest.mark.parametrize(
-    "order",
-    [
-        Order.left_to_right(4),
-        Order.given([2, 0, 3, 1]),
-        Order.strided(4, 2),
-        Order.strided(4, 4),
-        Order.given([3, 1, 0, 2], [0, 0, 1, 1]),
-        Order.given(range(4), [0] * 4),
-    ],
-    ids=["left to right", "given", "strided 2", "strided 4", "two blocks", "one block"],
-)
-def test_probabilities_of_all_sequences_sum_to_one(order: Order) -> None:
-    """Invariant 4. Seen to fail with block_starts + 1, where a rank sees its own token."""
-    model = tiny_model(vocab_size=3, max_length=4)
-    sequences = all_sequences(3, 4)
-    total = score(model, sequences, order).double().sum(dim=1).exp().sum()
-    assert math.isclose(float(total), 1.0, abs_tol=1e-5)
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("name", MODES)
+def test_on_a_gpu(name: str) -> None:
+    """The kernels that run there agree with the CPU's, and nothing in the second pass waits for the device."""
+    model, order = tiny_model(d_model=64, n_heads=2).float(), orders(32)[name]
+    assert model.kernel(order, "cuda") == ("flex" if name.startswith("strided") else "causal")
+    tokens = torch.randint(13, (2, 32), generator=generator())
+    expected = model(tokens, order)
+    expected_gradients = torch.autograd.grad(expected.square().mean(), list(model.parameters()))
+    model, tokens, order = model.cuda(), tokens.cuda(), order.to("cuda")
+    model(tokens, order).square().mean().backward()  # compiles FlexAttention
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        logits = model(tokens, order)
+        gradients = torch.autograd.grad(logits.square().mean(), list(model.parameters()))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip((expected, *expected_gradients), (logits, *gradients), strict=True):
+        assert (a - b.cpu()).norm() < 1e-2 * a.norm()
 
 
-def test_score_is_in_text_order() -> None:
-    model, order = tiny_model(), orders(9)["by sequence, blocks"]
-    tokens = torch.randint(13, (2, 9), generator=generator())
-    with torch.no_grad():
-        expected = model(tokens, order).log_softmax(dim=2).gather(2, tokens[..., None]).squeeze(2)
-    torch.testing.assert_close(score(model, tokens, order).double(), expected, rtol=1e-5, atol=1e-5)
+# Size and start
 
 
-@pytest.mark.parametrize(("name", "count"), [("small", 123_627_520), ("medium", 353_595_392)])
+@pytest.mark.parametrize(("name", "count"), [("tiny", 7_254_016), ("small", 123_627_520), ("medium", 353_595_392)])
 def test_parameter_counts_of_the_presets(name: str, count: int) -> None:
-    """The head is tied to the embedding; the layers hold 12 d^2 each."""
+    """With GPT-2's vocabulary. The head is tied to the embedding; the layers hold 12 d^2 each.
+
+    Fails with n_causal one larger in ARMD.__init__.
+    """
     architecture = ARCHITECTURES[name]
     with torch.device("meta"):
         model = ARMD(architecture.model_config(50_257, 1024))
@@ -163,6 +195,25 @@ def test_parameter_counts_of_the_presets(name: str, count: int) -> None:
     by_hand = 50_257 * d + 1024 * architecture.d_prefix + layers * (12 * d * d + 2 * d)
     by_hand += architecture.n_two_stream_layers * 2 * d + 3 * d  # null keys; start vector and two norms
     assert sum(parameter.numel() for parameter in model.parameters()) == count == by_hand
+
+
+def test_the_presets_are_the_papers() -> None:
+    small, medium = ARCHITECTURES["small"], ARCHITECTURES["medium"]
+    assert (small.n_layers, small.n_two_stream_layers, small.d_model, small.n_heads) == (12, 6, 768, 12)
+    assert (medium.n_layers, medium.n_two_stream_layers, medium.d_model, medium.n_heads) == (24, 12, 1024, 16)
+
+
+def test_a_model_built_on_the_meta_device_starts_like_any_other() -> None:
+    """Nothing is left out by `initialise`, and nothing outside the parameters needs a value."""
+    config = ARCHITECTURES["tiny"].model_config(20, 16)
+    with torch.device("meta"):
+        model = ARMD(config)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not list(model.buffers())
+    model = model.to_empty(device="cpu")
+    initialise(model, config.n_layers, generator(5))
+    for a, b in zip(model.parameters(), ARMD(config, generator=generator(5)).parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_same_generator_same_weights() -> None:
@@ -174,6 +225,40 @@ def test_same_generator_same_weights() -> None:
     assert not torch.equal(one.embedding.weight, other.embedding.weight)
 
 
+def test_initialisation_row_by_row() -> None:
+    """The table of `initialise`. Fails when any of its rows is changed in the code."""
+    d, n_layers = 96, 3
+    architecture = Architecture(n_layers=n_layers, n_two_stream_layers=2, d_model=d, n_heads=4, d_prefix=32)
+    model = ARMD(architecture.model_config(200, 64), generator=generator())
+    residual = 1 / math.sqrt(2 * n_layers)
+    deviations = {
+        "embedding.weight": 0.02,
+        "start": 0.02,
+        "attention.null": 0.02,
+        "attention.query.weight": d**-0.5,
+        "attention.key_value.weight": d**-0.5,
+        "attention.out.weight": d**-0.5 * residual,
+        "mlp_in.weight": d**-0.5,
+        "mlp_out.weight": (4 * d) ** -0.5 * residual,
+    }
+    checked = 0
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert torch.equal(parameter, torch.ones_like(parameter)), name
+        elif name == "prefix_table":
+            rotation = (1 / 10_000 ** (torch.arange(0, 32, 2) / 32)) * torch.arange(64)[:, None]
+            expected = torch.cat([rotation.sin(), rotation.cos()], dim=1) / 4
+            torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(parameter.norm(dim=1), torch.ones(64))
+        else:
+            wanted = next(deviations[key] for key in deviations if name == key or name.endswith("." + key))
+            tolerance = 4 / math.sqrt(2 * parameter.numel())  # four standard errors
+            assert float(parameter.detach().std()) == pytest.approx(wanted, rel=tolerance), name
+            assert abs(float(parameter.detach().mean())) < 4 * wanted / math.sqrt(parameter.numel()), name
+        checked += 1
+    assert checked == 3 + 7 * n_layers + 2 + 2  # embedding, table, start; a layer's; null keys; two norms
+
+
 def test_initial_loss_is_that_of_guessing() -> None:
     config = ARCHITECTURES["tiny"].model_config(100, 64)
     model = ARMD(config, generator=generator())
@@ -182,14 +267,18 @@ def test_initial_loss_is_that_of_guessing() -> None:
     assert abs(loss - math.log(100)) < 0.3
 
 
+# Bad input
+
+
 @pytest.mark.parametrize(
     ("tokens", "order", "message"),
     [
         (torch.zeros(1, 5, dtype=torch.int64), Order.left_to_right(4), "4"),
         (torch.zeros(1, 40, dtype=torch.int64), Order.left_to_right(40), "max_length"),
         (torch.zeros(3, 4, dtype=torch.int64), Order.stack([Order.left_to_right(4)] * 2), "2 orders"),
+        (torch.zeros(1, 4, dtype=torch.int64), Order.left_to_right(4).to("meta"), "on meta, the tokens on cpu"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(tokens: torch.Tensor, order: Order, message: str) -> None:
+def test_input_that_does_not_fit_is_refused(tokens: Tensor, order: Order, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_model()(tokens, order)
