@@ -12,7 +12,7 @@ EOS_TOKEN = "<|endoftext|>"
 _EOS_NAMES = (EOS_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
 _BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # Longer texts are encoded piece by piece, because the library keeps some 100 bytes a token while it encodes one text.
-_PIECE = 1 << 20
+_PIECE = 1 << 20  # characters
 
 
 class Tokenizer:
@@ -94,7 +94,7 @@ class Tokenizer:
             special_tokens=[EOS_TOKEN],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         )
-        backend.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer=trainer)
+        backend.train_from_iterator((piece for text in texts for piece in _pieces([text])), trainer=trainer)
         return cls(backend)
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
@@ -105,12 +105,19 @@ class Tokenizer:
         """Ids of each text, in parallel unless TOKENIZERS_PARALLELISM says otherwise.
 
         A text of more than a million characters is encoded in pieces that end, where possible, at a line's end between
-        two words, where GPT-2's and BERT's rules give the same ids as for the whole.
+        two words, else before a space behind a word, where GPT-2's and BERT's rules give the same ids as for the whole.
         """
-        pieces = [list(_pieces(text)) for text in texts]
+        pieces = [list(_pieces([text])) for text in texts]
         self._backend.encode_special_tokens = not allow_special
         flat = iter(self._backend.encode_batch_fast([p for parts in pieces for p in parts], add_special_tokens=False))
         return [[token for _ in parts for token in next(flat).ids] for parts in pieces]
+
+    def encode_stream(self, parts: Iterable[str]) -> Iterator[list[int]]:
+        """Ids of a text of any length that comes in parts, a list at a time; holds a part and a million characters.
+
+        Wherever the parts are cut, all lists together are what `encode` gives for the whole text.
+        """
+        return (self.encode(piece) for piece in _pieces(parts))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, special tokens shown; bytes that are not UTF-8 become U+FFFD."""
@@ -175,14 +182,28 @@ def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
     return backend
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """`text` cut into parts of at most `_PIECE` characters, the cut behind a lone line end between two words."""
-    start = 0
-    while len(text) - start > _PIECE:
-        cut = text.rfind("\n", start, start + _PIECE)
-        while cut > start and (text[cut - 1].isspace() or text[cut + 1].isspace()):
-            cut = text.rfind("\n", start, cut)
-        end = cut + 1 if cut > start else start + _PIECE
-        yield text[start:end]
-        start = end
-    yield text[start:]
+def _pieces(parts: Iterable[str]) -> Iterator[str]:
+    """The text that `parts` make up, in pieces of at most `_PIECE` characters that do not depend on the parts."""
+    rest = ""
+    for part in parts:
+        text, start = rest + part, 0
+        while len(text) - start > _PIECE:
+            end = _cut(text, start, start + _PIECE)
+            yield text[start:end]
+            start = end
+        rest = text[start:]
+    yield rest
+
+
+def _cut(text: str, start: int, end: int) -> int:
+    """Where to end a piece that begins at `start` and may reach to `end`, which is inside the text.
+
+    Behind a lone line end between two words; where there is none, before a space behind a word; else at `end`.
+    """
+    cut = text.rfind("\n", start, end)
+    while cut > start and (text[cut - 1].isspace() or text[cut + 1].isspace()):
+        cut = text.rfind("\n", start, cut)
+    if cut > start:
+        return cut + 1
+    behind_words = (i for i in range(end, start, -1) if text[i] in " \t\n" and not text[i - 1].isspace())
+    return next(behind_words, end)

@@ -32,7 +32,7 @@ _INPUTS = {
 # The sources count by what they hold now, not by where they are: by each file's path relative to its source, size, and
 # modification time or ETag. The tokenizer counts by its content.
 _NOT_IDENTITY = {
-    "corpus": ("sources", "tokenizer"),
+    "corpus": ("sources", "validation_sources", "tokenizer"),
     "train": ("checkpoint_every", "keep_checkpoints", "max_failures", "wait_for_nodes"),
     "export": ("batch_size",),
 }

@@ -27,21 +27,39 @@ if TYPE_CHECKING:
 
 QUARANTINE = "quarantine.jsonl"
 
-Unit = tuple[sources.InputFile, ...]
-
 
 def fingerprint(config: CorpusConfig) -> list[dict[str, Any]]:
     """What the sources and the given tokenizer are right now, JSON-able; reads listings and the tokenizer only.
 
     Raises:
-        UserError: a source or the tokenizer is missing, cannot be read or is empty.
+        UserError: a source or the tokenizer is missing, cannot be read or is empty; a file is trained on and held out.
     """
     result = sources.fingerprint(config.sources)
+    if config.validation_sources:
+        result.append({"validation": sources.fingerprint(config.validation_sources, sources.VALIDATION_SOURCES)})
+        work_units(config)  # refuses a file that is in both
     if config.tokenizer is not None:
         from pipelines.corpus_tokenizer import given_tokenizer
 
         result.append({"tokenizer_sha256": given_tokenizer(config.tokenizer).sha256})
     return result
+
+
+def work_units(config: CorpusConfig) -> list[sources.Unit]:
+    """The units of work, in order, those of the held-out sources last; reads listings only.
+
+    Raises:
+        UserError: a source is missing, cannot be read or is empty, or a file is trained on and held out.
+    """
+    files = sources.input_files(config.sources)
+    if not config.validation_sources:
+        return sources.work_units(files, config.unit_bytes, config.validation_fraction)
+    held_out = sources.input_files(config.validation_sources, sources.VALIDATION_SOURCES)
+    sources.check_apart(files, held_out)
+    return [
+        *sources.work_units(files, config.unit_bytes, validation_fraction=0.0),
+        *sources.work_units(held_out, config.unit_bytes, validation_fraction=1.0),
+    ]
 
 
 def run(
@@ -67,15 +85,14 @@ def run(
             return manifest
     storage.check_writable(output_dir)
     storage.remove_tree(storage.join(output_dir, MANIFEST))
-    units = sources.work_units(sources.input_files(config.sources), config.unit_bytes)
-    total = sum(file.size for unit in units for file in unit) / 1e6
+    units = work_units(config)
+    total = sum(file.size for unit in units for file in unit.files) / 1e6
     progress.update(0, total, "MB", "tokenizer")
     tokenizer = make_tokenizer(config, units, identity, output_dir)
     settings = UnitSettings(
         output_dir=output_dir,
         tokenizer_json=tokenizer.to_json(),
         text_field=config.text_field,
-        validation_fraction=config.validation_fraction,
     )
     records = _records(units, settings, progress)
     _check(config, records, output_dir)
@@ -84,9 +101,9 @@ def run(
     return write_manifest(output_dir, "corpus", body, started)
 
 
-def _records(units: Sequence[Unit], settings: "UnitSettings", progress: Progress) -> list[dict[str, Any]]:
+def _records(units: Sequence[sources.Unit], settings: "UnitSettings", progress: Progress) -> list[dict[str, Any]]:
     """The units' records in the order of the plan; says how far it is as they come in."""
-    sizes = [sum(file.size for file in unit) / 1e6 for unit in units]
+    sizes = [sum(file.size for file in unit.files) / 1e6 for unit in units]
     records: list[dict[str, Any]] = [{}] * len(units)
     done = 0.0
     counts: Counter[str] = Counter()
@@ -102,7 +119,7 @@ def _records(units: Sequence[Unit], settings: "UnitSettings", progress: Progress
     return records
 
 
-def each_unit(units: Sequence[Unit], settings: "UnitSettings") -> Iterator[tuple[int, dict[str, Any]]]:
+def each_unit(units: Sequence[sources.Unit], settings: "UnitSettings") -> Iterator[tuple[int, dict[str, Any]]]:
     """(index, record) of each unit as it is finished, in any order, by Ray Data."""
     import ray.data
 
@@ -110,7 +127,7 @@ def each_unit(units: Sequence[Unit], settings: "UnitSettings") -> Iterator[tuple
 
     connect()
     _silence_ray_data()
-    items = [{"index": index, "unit": json.dumps([asdict(file) for file in unit])} for index, unit in enumerate(units)]
+    items = [{"index": index, "unit": json.dumps(asdict(unit))} for index, unit in enumerate(units)]
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
     for row in dataset.map(functools.partial(_make_row, settings=settings), num_cpus=1).iter_rows():
         if row["error"]:
@@ -132,7 +149,9 @@ def _make_row(row: dict[str, Any], settings: "UnitSettings") -> dict[str, Any]:
     """What a Ray task does: one unit. A `UserError` comes back as a value, since Ray Data does not hand on its type."""
     from pipelines.shards import make_unit
 
-    unit = [sources.InputFile(**file) for file in json.loads(row["unit"])]
+    plain = json.loads(row["unit"])
+    files = tuple(sources.InputFile(**file) for file in plain.pop("files"))
+    unit = sources.Unit(files=files, **plain)
     try:
         return {"index": row["index"], "record": json.dumps(make_unit(unit, settings)), "error": ""}
     except UserError as error:
@@ -149,7 +168,11 @@ def summary(config: CorpusConfig, tokenizer: "Tokenizer", records: Sequence[Mapp
         splits[split] = {name: sum(part[name] for part in parts) for name in ("documents", "tokens", "bytes")}
         splits[split]["shards"] = [shard for part in parts for shard in part["shards"]]
     return {
-        "config": {**asdict(config), "sources": [storage.redacted(source) for source in config.sources]},
+        "config": {
+            **asdict(config),
+            "sources": [storage.redacted(source) for source in config.sources],
+            "validation_sources": [storage.redacted(source) for source in config.validation_sources],
+        },
         "documents": _documents(records),
         "tokenizer_sha256": tokenizer.sha256,
         "vocab_size": tokenizer.vocab_size,
@@ -178,7 +201,8 @@ def unigram_nats_per_token(records: Iterable[Mapping[str, Any]]) -> float:
 
 def _identity(config: CorpusConfig) -> str:
     """Of the settings and of what the sources and the tokenizer hold, wherever they are."""
-    settings = {name: value for name, value in asdict(config).items() if name not in ("sources", "tokenizer")}
+    elsewhere = ("sources", "validation_sources", "tokenizer")
+    settings = {name: value for name, value in asdict(config).items() if name not in elsewhere}
     content = {"config": settings, "fingerprint": fingerprint(config)}
     return storage.sha256_bytes(json.dumps(content, sort_keys=True).encode("utf-8"))
 
@@ -238,13 +262,17 @@ def _where(entry: Mapping[str, Any]) -> str:
 
 
 def _too_little(config: CorpusConfig, split: str, tokens: int, documents: int) -> UserError:
-    share = "larger" if split == "validation" else "smaller"
-    return UserError(
-        f"the {split} split has {tokens} tokens (of {documents} documents in all), less than one window of "
-        f"{config.sequence_length}",
-        "give more documents (a text file is one, a line of .jsonl is one), a shorter --corpus.sequence-length, "
-        f"or a {share} --corpus.validation-fraction than {config.validation_fraction:g}",
-    )
+    what = f"the {split} split has {tokens} tokens (of {documents} documents in all), less than one window of "
+    if config.validation_sources:
+        option = sources.VALIDATION_SOURCES if split == "validation" else sources.SOURCES
+        fix = f"give more text in {option}, or a shorter --corpus.sequence-length"
+    else:
+        share = "larger" if split == "validation" else "smaller"
+        fix = (
+            "give more documents (a text file is one, a line of .jsonl is one), a shorter --corpus.sequence-length, "
+            f"or a {share} --corpus.validation-fraction than {config.validation_fraction:g}"
+        )
+    return UserError(what + f"{config.sequence_length}", fix)
 
 
 def _shards(records: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:

@@ -20,7 +20,9 @@ class CorpusConfig:
     sequence_length: int = 256
     """Tokens a training window."""
     validation_fraction: float = 0.05
-    """Share of the documents held out, chosen by a hash of their text."""
+    """Share of the documents held out, chosen by a hash of their text; not used where validation_sources are given."""
+    validation_sources: tuple[str, ...] = ()
+    """Sources, named alike, whose documents are the held-out ones; all of `sources` is then trained on."""
     text_field: str = "text"
     """Field of .jsonl and column of .parquet that holds the document."""
     max_quarantined: float = 0.001
@@ -33,6 +35,8 @@ class CorpusConfig:
     def __post_init__(self) -> None:
         if isinstance(self.sources, str) or not self.sources or not all(self.sources):
             raise ValueError(f"sources must be one or more files, folders or URIs, not {self.sources!r}")
+        if isinstance(self.validation_sources, str) or not all(self.validation_sources):
+            raise ValueError(f"validation_sources must be files, folders or URIs, not {self.validation_sources!r}")
         if self.tokenizer == "":
             raise ValueError("tokenizer must be a path, or None to train one, not ''")
         if self.vocab_size < 257:

@@ -2,15 +2,15 @@
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from armd.tokenizer import Tokenizer
 from pipelines import storage
 from pipelines.corpus_config import CorpusConfig
 from pipelines.errors import UserError
-from pipelines.records import read_records
+from pipelines.records import Record, read_records
 from pipelines.shards import is_held_out
-from pipelines.sources import InputFile
+from pipelines.sources import Unit
 
 NAME = "tokenizer.json"
 _MARK = "units/tokenizer.json"  # says which settings the tokenizer of an unfinished run was trained with
@@ -39,9 +39,7 @@ def given_tokenizer(uri: str) -> Tokenizer:
         ) from None
 
 
-def make_tokenizer(
-    config: CorpusConfig, units: Sequence[Sequence[InputFile]], identity: str, output_dir: str
-) -> Tokenizer:
+def make_tokenizer(config: CorpusConfig, units: Sequence[Unit], identity: str, output_dir: str) -> Tokenizer:
     """Put tokenizer.json into `output_dir`; one that an earlier run of the same `identity` trained there is kept.
 
     Raises:
@@ -63,12 +61,13 @@ def make_tokenizer(
     return tokenizer
 
 
-def training_sample(config: CorpusConfig, units: Sequence[Sequence[InputFile]]) -> list[str]:
+def training_sample(config: CorpusConfig, units: Sequence[Unit]) -> list[str]:
     """Documents of the training split, cut where their share of `tokenizer_sample_bytes` characters ends.
 
     Raises:
         UserError: there are none; says whether they are missing, unreadable or all held out.
     """
+    units = [unit for unit in units if unit.validation_fraction < 1]
     places = min(len(units), _SAMPLED_UNITS)
     texts: list[str] = []
     unreadable = ""
@@ -76,13 +75,13 @@ def training_sample(config: CorpusConfig, units: Sequence[Sequence[InputFile]]) 
     for place in range(places):
         left = max(1, config.tokenizer_sample_bytes // places)
         unit = units[place * len(units) // places]
-        for uri, record in ((file.uri, record) for file in unit for record in read_records(file, config.text_field)):
+        for uri, record in _records(unit, config.text_field):
             if record.reason:
                 place_in_file = f", line {record.line}" if record.line else ""
                 unreadable = unreadable or f"{uri}{place_in_file}: {record.reason}"
             elif not record.text.strip():
                 continue
-            elif is_held_out(record.text, config.validation_fraction):
+            elif is_held_out(record.text, unit.validation_fraction):
                 n_held_out += 1
             else:
                 texts.append(record.text[:left])
@@ -103,6 +102,11 @@ def training_sample(config: CorpusConfig, units: Sequence[Sequence[InputFile]]) 
             "give more documents, or a smaller --corpus.validation-fraction",
         )
     raise no_text(config)
+
+
+def _records(unit: Unit, text_field: str) -> Iterator[tuple[str, Record]]:
+    """The unit's records, each with its file."""
+    return ((file.uri, record) for file in unit.files for record in read_records(file, text_field))
 
 
 def no_text(config: CorpusConfig) -> UserError:

@@ -102,7 +102,7 @@ def render(
         samples=sections.samples(evaluation["samples"]),
         served_note=_served_note(manifests["deploy"]),
         served=sections.served(manifests["deploy"]),
-        corpus=sections.corpus(manifests["corpus"], config.recipe["corpus"]["sources"]),
+        corpus=sections.corpus(manifests["corpus"], config.recipe["corpus"]),
         stages_note=_stages_note(manifests),
         stages=sections.stages(manifests, places),
         versions=_versions(manifests["train"], commit),

@@ -149,11 +149,16 @@ def served(deploy: Mapping[str, Any]) -> str:
     )
 
 
-def corpus(manifest: Mapping[str, Any], sources: Sequence[str]) -> str:
-    """Where the text came from and what became of it."""
+def corpus(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """Where the text came from, by the recipe's corpus settings, and what became of it."""
     documents = manifest["documents"]
+    places = {"sources": config["sources"], "held-out sources": config["validation_sources"]}
     rows = [
-        ["sources", "<br>".join(f"<code>{escape(source)}</code>" for source in sources)],
+        *(
+            [name, "<br>".join(f"<code>{escape(source)}</code>" for source in sources)]
+            for name, sources in places.items()
+            if sources
+        ),
         [
             "documents",
             escape(

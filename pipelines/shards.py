@@ -18,7 +18,7 @@ import numpy as np
 from armd.tokenizer import Tokenizer
 from pipelines import storage
 from pipelines.records import read_records
-from pipelines.sources import InputFile
+from pipelines.sources import InputFile, Unit
 
 SPLITS = ("train", "validation")
 SHARDS = "shards"
@@ -37,8 +37,6 @@ class UnitSettings:
     """The tokenizer, as tokenizer.json."""
     text_field: str
     """Field or column that holds the document."""
-    validation_fraction: float
-    """Share of the documents held out."""
 
 
 def is_held_out(text: str, validation_fraction: float) -> bool:
@@ -51,14 +49,14 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
-def unit_key(unit: Sequence[InputFile], settings: UnitSettings) -> str:
-    """Identity of the unit's shards: the files as they are now, the settings and the tokenizer."""
+def unit_key(unit: Unit, settings: UnitSettings) -> str:
+    """Identity of the unit's shards: the files as they are now, what is held out, the settings and the tokenizer."""
     identity = {
         "version": _VERSION,
-        "files": [file.identity for file in unit],
+        "files": [file.identity for file in unit.files],
         "tokenizer": storage.sha256_bytes(settings.tokenizer_json.encode("utf-8")),
         "text_field": settings.text_field,
-        "validation_fraction": settings.validation_fraction,
+        "validation_fraction": unit.validation_fraction,
     }
     return storage.sha256_bytes(json.dumps(identity, sort_keys=True).encode("utf-8"))
 
@@ -68,7 +66,7 @@ def record_path(key: str) -> str:
     return f"{UNITS}/{key[:32]}.json"
 
 
-def make_unit(unit: Sequence[InputFile], settings: UnitSettings) -> dict[str, Any]:
+def make_unit(unit: Unit, settings: UnitSettings) -> dict[str, Any]:
     """The unit's record: read where the unit is finished and its shards are intact, else made, shards first.
 
     Returns:
@@ -109,17 +107,17 @@ def _finished(key: str, output_dir: str) -> dict[str, Any] | None:
     return record if intact else None
 
 
-def _write_shards(unit: Sequence[InputFile], settings: UnitSettings) -> dict[str, Any]:
+def _write_shards(unit: Unit, settings: UnitSettings) -> dict[str, Any]:
     tokenizer = _tokenizer(settings.tokenizer_json)
     folder = storage.join(settings.output_dir, SHARDS)
     documents = dict.fromkeys(("read", "used", "empty", "quarantined"), 0)
     quarantine: list[dict[str, Any]] = []
     with storage.scratch_file(folder) as train, storage.scratch_file(folder) as validation:
         with _Shard(train, tokenizer) as train_shard, _Shard(validation, tokenizer) as validation_shard:
-            for texts in _batches(_texts(unit, settings.text_field, documents, quarantine)):
+            for texts in _batches(_texts(unit.files, settings.text_field, documents, quarantine)):
                 for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
                     data = text.encode("utf-8")
-                    held_out = _held_out(data, settings.validation_fraction)
+                    held_out = _held_out(data, unit.validation_fraction)
                     (validation_shard if held_out else train_shard).append(ids, len(data))
         splits = {
             "train": train_shard.finish(settings.output_dir, "train"),
@@ -129,10 +127,10 @@ def _write_shards(unit: Sequence[InputFile], settings: UnitSettings) -> dict[str
 
 
 def _texts(
-    unit: Sequence[InputFile], text_field: str, documents: dict[str, int], quarantine: list[dict[str, Any]]
+    files: Sequence[InputFile], text_field: str, documents: dict[str, int], quarantine: list[dict[str, Any]]
 ) -> Iterator[str]:
-    """The unit's documents in order; every record is counted, and noted where it is unreadable."""
-    for file in unit:
+    """The files' documents in order; every record is counted, and noted where it is unreadable."""
+    for file in files:
         for record in read_records(file, text_field):
             documents["read"] += 1
             if record.reason:

@@ -10,6 +10,8 @@ from pipelines import python_docs, storage
 from pipelines.errors import UserError
 
 PYTHON_DOCS = "python-docs"
+SOURCES = "--corpus.sources"
+VALIDATION_SOURCES = "--corpus.validation-sources"
 FORMATS = ("txt", "md", "jsonl", "parquet")
 COMPRESSIONS = ("gz", "zst")
 _SMALLEST_UNIT = 1_000_000  # bytes
@@ -40,26 +42,53 @@ class InputFile:
         return {name: value for name, value in asdict(self).items() if name != "uri"}
 
 
-def input_files(sources: Iterable[str]) -> list[InputFile]:
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """A unit of work: files that are read together and make one shard a split, at most."""
+
+    files: tuple[InputFile, ...]
+    """In the order in which they are read."""
+    validation_fraction: float
+    """Share of their documents that are held out: 0 or 1 where the held-out documents have sources of their own."""
+
+
+def input_files(sources: Iterable[str], option: str = SOURCES) -> list[InputFile]:
     """All files of the sources, each once, in the order of the sources and by name within one.
+
+    `option` is where the user named them, for the errors.
 
     Raises:
         UserError: a source does not exist, cannot be read, matches nothing usable, or holds only empty files.
     """
     found: dict[str, InputFile] = {}
     for number, source in enumerate(sources):
-        files = _python_docs(number) if source == PYTHON_DOCS else _stored(source, number)
+        files = _python_docs(number, option) if source == PYTHON_DOCS else _stored(source, number, option)
         if not any(file.size for file in files):
             raise UserError(
                 storage.redacted(f"the source {source} holds no text: every file is empty"),
-                "name a file or folder with text in --corpus.sources",
+                f"name a file or folder with text in {option}",
             )
         for file in files:
             found.setdefault(file.uri, file)
     return list(found.values())
 
 
-def fingerprint(sources: Iterable[str]) -> list[dict[str, Any]]:
+def check_apart(training: Iterable[InputFile], held_out: Iterable[InputFile]) -> None:
+    """Refuse a file that is in both.
+
+    Raises:
+        UserError: naming the first such file.
+    """
+    trained_on = {file.uri for file in training}
+    for file in held_out:
+        if file.uri in trained_on:
+            raise UserError(
+                storage.redacted(f"{file.uri} is in {SOURCES} and in {VALIDATION_SOURCES}: trained on and held out"),
+                "name each file in one of them; a pattern such as 'texts/train-*.txt' leaves files out",
+            )
+
+
+def fingerprint(sources: Iterable[str], option: str = SOURCES) -> list[dict[str, Any]]:
     """What each source holds right now, JSON-able; reads no file.
 
     Of each file its path relative to the source, its size and its modification time or ETag count: it changes when a
@@ -70,7 +99,7 @@ def fingerprint(sources: Iterable[str]) -> list[dict[str, Any]]:
     """
     result = []
     for source in sources:
-        files = input_files([source])
+        files = input_files([source], option)
         listing = json.dumps([file.identity for file in files], sort_keys=True)
         total = sum(file.size for file in files)
         digest = storage.sha256_bytes(listing.encode())
@@ -78,10 +107,10 @@ def fingerprint(sources: Iterable[str]) -> list[dict[str, Any]]:
     return result
 
 
-def work_units(files: Sequence[InputFile], unit_bytes: int) -> list[tuple[InputFile, ...]]:
-    """The files, in order, in groups of at most `unit_bytes` bytes; a larger file is a group of its own.
+def work_units(files: Sequence[InputFile], unit_bytes: int, validation_fraction: float) -> list[Unit]:
+    """The files, in order, in units of at most `unit_bytes` bytes; a larger file is a unit of its own.
 
-    A small corpus makes smaller groups, so that there is work for several processes; how many there are does not
+    A small corpus makes smaller units, so that there is work for several processes; how many there are does not
     matter, or the shards would depend on the machine.
     """
     total = sum(file.size for file in files)
@@ -94,10 +123,10 @@ def work_units(files: Sequence[InputFile], unit_bytes: int) -> list[tuple[InputF
             filled = 0
         units[-1].append(file)
         filled += file.size
-    return [tuple(unit) for unit in units]
+    return [Unit(files=tuple(unit), validation_fraction=validation_fraction) for unit in units]
 
 
-def _python_docs(number: int) -> list[InputFile]:
+def _python_docs(number: int, option: str) -> list[InputFile]:
     files = [
         InputFile(
             uri=f"{PYTHON_DOCS}:{path}",
@@ -112,12 +141,12 @@ def _python_docs(number: int) -> list[InputFile]:
     if not files:
         raise UserError(
             f"this Python comes without the sources of its standard library ({python_docs.library_folder()})",
-            "use another Python, or name your own text in --corpus.sources",
+            f"use another Python, or name your own text in {option}",
         )
     return files
 
 
-def _stored(source: str, number: int) -> list[InputFile]:
+def _stored(source: str, number: int, option: str) -> list[InputFile]:
     """The files of a path or URI: a file, a folder, or a glob."""
     is_pattern = any(character in source for character in "*?[")
     try:
@@ -136,11 +165,11 @@ def _stored(source: str, number: int) -> list[InputFile]:
     files = [_input_file(entry, number) for entry in entries]
     usable = [file for file in files if file is not None]
     if not usable:
-        raise _nothing(source, is_pattern, len(entries))
+        raise _nothing(source, is_pattern, len(entries), option)
     return usable
 
 
-def _nothing(source: str, is_pattern: bool, n_others: int) -> UserError:
+def _nothing(source: str, is_pattern: bool, n_others: int, option: str) -> UserError:
     """The error for a source without a single usable file."""
     if n_others:
         what = f"the source {source} has no file of a kind that can be read"
@@ -150,10 +179,8 @@ def _nothing(source: str, is_pattern: bool, n_others: int) -> UserError:
             storage.redacted(f"the source {source} matches no file"), "check the pattern; quote it in a shell"
         )
     if storage.is_local(source) and storage.isdir(source):
-        return UserError(
-            f"the source {source} is an empty folder", "name a file or folder with text in --corpus.sources"
-        )
-    return UserError(storage.redacted(f"the source {source} does not exist"), "check the name in --corpus.sources")
+        return UserError(f"the source {source} is an empty folder", f"name a file or folder with text in {option}")
+    return UserError(storage.redacted(f"the source {source} does not exist"), f"check the name in {option}")
 
 
 def _input_file(entry: storage.Entry, number: int) -> InputFile | None:

@@ -292,6 +292,21 @@ def test_sources_count_by_what_they_hold(stages: Stages) -> None:
     assert stages.ran == ["corpus", "corpus"]
 
 
+def test_held_out_sources_count_by_what_they_hold(stages: Stages) -> None:
+    for name in ("train", "rest"):
+        Path(name).mkdir()
+        Path(name, "a.txt").write_text(f"some {name}")
+    options_ = ["--corpus.sources", "train", "--until", "corpus", "--corpus.validation-sources"]
+    assert run(*options_, "rest") == 0
+    assert run(*options_, "./rest/*.txt") == 0
+    assert stages.ran == ["corpus"]
+    Path("rest/a.txt").write_text("some other text")
+    assert run(*options_, "rest") == 0
+    assert run(*options_, "python-docs") == 0
+    assert run("--corpus.sources", "train", "--until", "corpus") == 0
+    assert stages.ran == ["corpus"] * 4
+
+
 @pytest.mark.parametrize("stage", pipeline.STAGES)
 def test_until_stops_after_the_stage(stages: Stages, stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--until", stage) == 0
@@ -615,7 +630,7 @@ def test_help_of_a_recipe_lists_every_option_with_its_text(capsys: pytest.Captur
     assert run("--help") == 0
     out = capsys.readouterr().out
     assert "\n  Command: armd run demo\n  Hardware: 2 CPU cores" in out
-    for option in ("--until", "--root", "--corpus.sources", "--train.zero-stage", "--train.architecture.n-layers"):
+    for option in ("--until", "--root", "--corpus.sources", "--corpus.validation-sources", "--train.zero-stage"):
         assert option in out
     assert "Stop after this stage" in out
     assert "--recipe" not in out

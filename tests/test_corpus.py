@@ -1,11 +1,14 @@
 """pipelines.corpus: the whole stage, in process and on Ray; restarts, counts, bad input, an object store."""
 
+import gzip
 import json
 import math
 import os
 import random
+import shutil
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from pipelines import corpus, corpus_tokenizer, shards, storage
 from pipelines.corpus_config import CorpusConfig
 from pipelines.errors import UserError
 from pipelines.manifest import verify_files
+from pipelines.sources import InputFile, Unit, input_files, work_units
 from pipelines.windows import WindowIndex
 
 Files = dict[str, bytes]
@@ -62,6 +66,12 @@ def timeless(manifest: dict) -> dict:
     return {name: value for name, value in manifest.items() if name not in ("started", "seconds")}
 
 
+def stream_of(folder: Path, manifest: dict, split: str) -> list[int]:
+    """The split's tokens, its shards laid end to end."""
+    shards_ = manifest["splits"][split]["shards"]
+    return np.concatenate([np.load(folder / shard["path"]) for shard in shards_]).tolist()
+
+
 def documents_of(source: str) -> list[str]:
     lines = [line for path in sorted(Path(source).iterdir()) for line in path.read_text().splitlines()]
     return [json.loads(line)["text"] for line in lines]
@@ -104,6 +114,110 @@ def test_corpus_holds_every_document_once(tmp_path: Path, source: str, in_proces
     assert unit == "MB"
     assert "200 documents" in note
     assert [call[0] for call in progress.calls] == sorted(call[0] for call in progress.calls)
+
+
+def test_held_out_documents_have_sources_of_their_own(tmp_path: Path, source: str, in_process: None) -> None:
+    """Same names, sizes and times in both, and a document that is in both; validation_fraction plays no part."""
+    held_out = tmp_path / "held-out"
+    shutil.copytree(source, held_out)
+    swapped = (held_out / "3.jsonl").read_text().replace("h", "n")
+    (held_out / "3.jsonl").write_text(swapped)
+    os.utime(held_out / "3.jsonl", ns=(os.stat(f"{source}/3.jsonl").st_mtime_ns,) * 2)
+    out = tmp_path / "out"
+    manifest = corpus.run(small(source, validation_sources=(str(held_out),)), {}, str(out))
+    assert manifest["documents"]["used"] == 400
+    assert manifest["config"]["validation_sources"] == [str(held_out)]
+    tokenizer = Tokenizer.load(out)
+    for split, folder in (("train", source), ("validation", str(held_out))):
+        pieces = tokenizer.decode(stream_of(out, manifest, split)).split(tokenizer.eos_token)
+        assert pieces == [*documents_of(folder), ""]
+        assert manifest["splits"][split]["documents"] == 200
+        assert len(manifest["splits"][split]["shards"]) > 3
+
+
+def test_one_document_each_for_training_and_validation(tmp_path: Path, in_process: None) -> None:
+    """A text whose end is held out: two files, each a single document of many lines, one of them compressed."""
+    text = "".join(f"Line {n}: {'the cat sat on the mat ' * (n % 5)}\n" for n in range(20_000))
+    (tmp_path / "train.txt").write_text(text[:-90_000])
+    (tmp_path / "rest.txt.gz").write_bytes(gzip.compress(text[-90_000:].encode()))
+    config = small(str(tmp_path / "train.txt"), validation_sources=(str(tmp_path / "rest.txt.gz"),))
+    manifest = corpus.run(config, {}, str(tmp_path / "out"))
+    assert manifest["documents"] == {"read": 2, "used": 2, "empty": 0, "quarantined": 0}
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    for split, expected in (("train", text[:-90_000]), ("validation", text[-90_000:])):
+        assert manifest["splits"][split]["documents"] == 1
+        assert manifest["splits"][split]["bytes"] == len(expected)
+        stream = stream_of(tmp_path / "out", manifest, split)
+        assert tokenizer.decode(stream) == expected + tokenizer.eos_token
+
+
+def test_held_out_sources_are_identity_by_what_they_hold(tmp_path: Path, source: str, in_process: None) -> None:
+    held_out = tmp_path / "held-out"
+    shutil.copytree(source, held_out)
+    config = small(source, validation_sources=(str(held_out),))
+    first = corpus.fingerprint(config)
+    assert json.loads(json.dumps(first)) == first
+    moved = shutil.copytree(held_out, tmp_path / "moved")
+    assert corpus.fingerprint(small(source, validation_sources=(str(moved),))) == first
+    others = [
+        small(source),
+        small(source, sources=(source, str(held_out))),
+        small(source, sources=(str(held_out),), validation_sources=(source, str(moved))),
+    ]
+    assert all(corpus.fingerprint(other) != first for other in others)
+    before = corpus.run(config, {}, str(tmp_path / "out"))
+    (held_out / "3.jsonl").write_text('{"text": "another document"}\n')
+    assert corpus.fingerprint(config) != first
+    after = corpus.run(config, {}, str(tmp_path / "out"))
+    assert after["splits"]["train"] == before["splits"]["train"]
+    assert after["splits"]["validation"]["documents"] == 181
+
+
+def test_the_tokenizer_is_trained_on_the_training_sources_alone(tmp_path: Path, source: str) -> None:
+    """All of them, and all of the sample."""
+    config = small(source, validation_sources=(str(shutil.copytree(source, tmp_path / "held-out")),))
+    units = corpus.work_units(config)
+    assert corpus_tokenizer.training_sample(config, units) == documents_of(source)
+    sample = corpus_tokenizer.training_sample(replace(config, tokenizer_sample_bytes=4000), units)
+    assert 3000 < sum(map(len, sample)) <= 4000
+
+
+@pytest.mark.parametrize(
+    ("changes", "what", "fix"),
+    [
+        (
+            {"validation_sources": ("texts/b.txt",)},
+            "texts/b.txt is in --corpus.sources and in --corpus.val",
+            "each file",
+        ),
+        ({"sources": ("python-docs",), "validation_sources": ("python-docs",)}, "python-docs:", "each file"),
+        ({"validation_sources": ("nowhere",)}, "nowhere does not exist", "--corpus.validation-sources"),
+        ({"validation_sources": ("hollow",)}, "empty folder", "--corpus.validation-sources"),
+        ({"validation_sources": ("tiny.txt",)}, "validation split has 2 tokens", "in --corpus.validation-sources"),
+        (
+            {"sources": ("tiny.txt",), "validation_sources": ("texts",)},
+            "train split has 2 tokens",
+            "in --corpus.sources",
+        ),
+    ],
+)
+def test_bad_held_out_sources_are_user_errors(
+    tmp_path: Path, in_process: None, changes: dict, what: str, fix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("texts").mkdir()
+    Path("hollow").mkdir()
+    for name in ("a", "b"):
+        Path(f"texts/{name}.txt").write_text(f"some words of {name} " * 50)
+    Path("tiny.txt").write_text("!")
+    config = small("texts", **changes)
+    with pytest.raises(UserError, match=what) as error:
+        corpus.run(config, {}, str(tmp_path / "out"))
+    assert fix in error.value.fix
+    if "tokens" not in what:  # what the listings show is refused before a run starts anything
+        with pytest.raises(UserError, match=what):
+            corpus.fingerprint(config)
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_unigram_baseline(tmp_path: Path, source: str, in_process: None) -> None:
@@ -278,10 +392,8 @@ def test_tokenizer_from_an_object_store(source: str, tmp_path: Path) -> None:
 
 
 def test_tokenizer_sample_is_bounded_spread_and_of_the_training_split(source: str) -> None:
-    from pipelines.sources import input_files, work_units
-
     config = small(source, tokenizer_sample_bytes=4000)
-    units = work_units(input_files(config.sources), 1)
+    units = work_units(input_files(config.sources), 1, config.validation_fraction)
     sample = corpus_tokenizer.training_sample(config, units)
     assert 3000 < sum(map(len, sample)) <= 4000
     places = set()
@@ -312,7 +424,9 @@ def test_ray_gives_the_same_files_and_passes_errors_on(
     tmp_path: Path, source: str, ray_cluster: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     progress = Recorder()
-    manifest = corpus.run(small(source), {}, str(tmp_path / "ray"), progress)
+    config = small(f"{source}/[0-7].jsonl", validation_sources=(f"{source}/[89].jsonl",))
+    manifest = corpus.run(config, {}, str(tmp_path / "ray"), progress)
+    assert [part["documents"] for part in manifest["splits"].values()] == [160, 40]
     assert progress.calls[-1][0] == pytest.approx(progress.calls[-1][1])
     units = len(list((tmp_path / "ray" / "units").iterdir())) - 1
     assert len(progress.calls) == units + 1
@@ -323,19 +437,16 @@ def test_ray_gives_the_same_files_and_passes_errors_on(
         patch.setattr(
             corpus, "each_unit", lambda units, settings: enumerate(shards.make_unit(unit, settings) for unit in units)
         )
-        assert timeless(corpus.run(small(source), {}, str(tmp_path / "alone"))) == timeless(manifest)
+        assert timeless(corpus.run(config, {}, str(tmp_path / "alone"))) == timeless(manifest)
     assert content(tmp_path / "ray") == content(tmp_path / "alone")
-    from pipelines.sources import InputFile
-
     nowhere = InputFile(uri="nosuch://x/y.txt", name="", format="txt", compression="", size=1, version="")
     settings = shards.UnitSettings(
         output_dir=str(tmp_path / "error"),
         tokenizer_json=Tokenizer.load(tmp_path / "ray").to_json(),
         text_field="text",
-        validation_fraction=0.5,
     )
     with pytest.raises(UserError, match="nosuch://x/y") as error:
-        list(corpus.each_unit([(nowhere,)], settings))
+        list(corpus.each_unit([Unit(files=(nowhere,), validation_fraction=0.5)], settings))
     assert error.value.fix
     printed = capfd.readouterr()
     assert "Traceback" not in printed.out + printed.err

@@ -19,7 +19,12 @@ from pipelines.manifest import write_manifest
 from pipelines.report import ReportConfig
 
 RECIPE = {
-    "corpus": {"sources": ["python-docs"], "vocab_size": 2048, "sequence_length": 256},
+    "corpus": {
+        "sources": ["python-docs"],
+        "validation_sources": ["held/out.txt"],
+        "vocab_size": 2048,
+        "sequence_length": 256,
+    },
     "train": {
         "batch_size": 16,
         "steps": 600,
@@ -255,11 +260,18 @@ def test_text_of_models_and_people_stays_text(tmp_path: Path) -> None:
     bodies["deploy"]["request"]["prompt"] = HOSTILE
     bodies["deploy"]["response"]["choices"][0]["text"] = HOSTILE
     recipe = copy.deepcopy(RECIPE)
-    recipe["corpus"]["sources"] = [HOSTILE]
+    recipe["corpus"]["sources"] = recipe["corpus"]["validation_sources"] = [HOSTILE]
     structure = parse(make_report(tmp_path, bodies, title=HOSTILE, recipe=recipe))
     assert structure.tags["script"] == structure.tags["img"] == 0
     assert not [one for one in structure.attributes if one[1].startswith("on")]
-    assert "".join(structure.text).count(HOSTILE) >= 7
+    assert "".join(structure.text).count(HOSTILE) >= 8
+
+
+def test_held_out_sources_show_where_there_are_any(page: str, tmp_path: Path) -> None:
+    recipe = copy.deepcopy(RECIPE)
+    recipe["corpus"]["validation_sources"] = []
+    assert "<code>held/out.txt</code>" in page
+    assert "held-out sources" not in make_report(tmp_path, recipe=recipe)
 
 
 def test_credentials_in_uris_do_not_show(tmp_path: Path) -> None:

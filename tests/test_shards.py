@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from armd.tokenizer import Tokenizer
 from pipelines import shards, storage
 from pipelines.shards import UnitSettings, is_held_out, make_unit, packed_counts, token_dtype, unit_key, unpacked_counts
-from pipelines.sources import InputFile, input_files
+from pipelines.sources import Unit, input_files
 
 TEXTS = [f"document number {number} says {'word ' * (number % 7)}" for number in range(60)]
 
@@ -21,18 +22,22 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture
-def unit(tmp_path: Path) -> tuple[InputFile, ...]:
+def unit(tmp_path: Path) -> Unit:
     lines = [json.dumps({"text": text}) for text in TEXTS[:40]] + ["{torn", '{"text": "  "}']
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_text("\n".join(lines))
     for number, text in enumerate(TEXTS[40:]):
         (tmp_path / "in" / f"b{number:02}.txt").write_text(text)
-    return tuple(input_files([str(tmp_path / "in")]))
+    return read(tmp_path / "in")
+
+
+def read(source: Path, validation_fraction: float = 0.3) -> Unit:
+    return Unit(files=tuple(input_files([str(source)])), validation_fraction=validation_fraction)
 
 
 def settings(tmp_path: Path, tokenizer: Tokenizer, **changes: object) -> UnitSettings:
     values: dict = {"output_dir": str(tmp_path / "out"), "tokenizer_json": tokenizer.to_json(), "text_field": "text"}
-    return UnitSettings(**{**values, "validation_fraction": 0.3, **changes})
+    return UnitSettings(**{**values, **changes})
 
 
 def load(tmp_path: Path, record: dict, split: str) -> np.ndarray:
@@ -45,14 +50,14 @@ def load(tmp_path: Path, record: dict, split: str) -> np.ndarray:
 
 @pytest.mark.parametrize("batch", [1, 50, 1 << 20])
 def test_shards_are_the_documents_in_order(
-    tmp_path: Path, tokenizer: Tokenizer, unit: tuple[InputFile, ...], monkeypatch: pytest.MonkeyPatch, batch: int
+    tmp_path: Path, tokenizer: Tokenizer, unit: Unit, monkeypatch: pytest.MonkeyPatch, batch: int
 ) -> None:
     monkeypatch.setattr(shards, "_BATCH_CHARACTERS", batch)
     record = make_unit(unit, settings(tmp_path, tokenizer))
     assert record["documents"] == {"read": 62, "used": 60, "empty": 1, "quarantined": 1}
     assert record["quarantine"] == [
         {
-            "source": unit[0].uri,
+            "source": unit.files[0].uri,
             "line": 41,
             "reason": "not JSON: Expecting property name enclosed in double quotes at character 1",
         }
@@ -72,7 +77,7 @@ def test_shards_are_the_documents_in_order(
 
 
 def test_finished_unit_is_taken_over_and_a_damaged_one_made_again(
-    tmp_path: Path, tokenizer: Tokenizer, unit: tuple[InputFile, ...], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: Tokenizer, unit: Unit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings(tmp_path, tokenizer)
     first = make_unit(unit, config)
@@ -102,26 +107,24 @@ def test_finished_unit_is_taken_over_and_a_damaged_one_made_again(
         assert {name: (tmp_path / "out" / "shards" / name).read_bytes() for name in found} == files
 
 
-def test_key_follows_everything_that_shards_depend_on(
-    tmp_path: Path, tokenizer: Tokenizer, unit: tuple[InputFile, ...]
-) -> None:
+def test_key_follows_everything_that_shards_depend_on(tmp_path: Path, tokenizer: Tokenizer, unit: Unit) -> None:
     config = settings(tmp_path, tokenizer)
     other = Tokenizer.train(TEXTS, 280)
     keys = {
         unit_key(unit, config),
-        unit_key(unit[1:], config),
+        unit_key(replace(unit, files=unit.files[1:]), config),
         unit_key(unit, settings(tmp_path, other)),
         unit_key(unit, settings(tmp_path, tokenizer, text_field="body")),
-        unit_key(unit, settings(tmp_path, tokenizer, validation_fraction=0.2)),
+        unit_key(replace(unit, validation_fraction=0.2), config),
     }
-    os.utime(unit[0].uri, ns=(5, 5))
-    keys.add(unit_key(input_files([str(tmp_path / "in")]), config))
+    os.utime(unit.files[0].uri, ns=(5, 5))
+    keys.add(unit_key(read(tmp_path / "in"), config))
     assert len(keys) == 6
     assert unit_key(unit, config) == unit_key(unit, settings(tmp_path, tokenizer, output_dir="elsewhere"))
 
 
 def test_a_failing_unit_leaves_no_record_and_no_scratch(
-    tmp_path: Path, tokenizer: Tokenizer, unit: tuple[InputFile, ...], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: Tokenizer, unit: Unit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise OSError("disk full")
@@ -134,10 +137,10 @@ def test_a_failing_unit_leaves_no_record_and_no_scratch(
 
 def test_unit_without_text_has_no_shards(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "x.txt").write_text(" \n")
-    record = make_unit(input_files([str(tmp_path / "x.txt")]), settings(tmp_path, tokenizer))
+    record = make_unit(read(tmp_path / "x.txt"), settings(tmp_path, tokenizer))
     assert record["documents"] == {"read": 1, "used": 0, "empty": 1, "quarantined": 0}
     assert [record["splits"][split]["shards"] for split in shards.SPLITS] == [[], []]
-    assert make_unit(input_files([str(tmp_path / "x.txt")]), settings(tmp_path, tokenizer)) == record
+    assert make_unit(read(tmp_path / "x.txt"), settings(tmp_path, tokenizer)) == record
 
 
 def test_held_out_share_and_independence_of_the_order() -> None:
@@ -158,8 +161,8 @@ def test_large_vocabularies_are_written_as_uint32(tmp_path: Path, tokenizer: Tok
     large = json.loads(tokenizer.to_json())
     large["model"]["vocab"]["zz"] = 70_000
     (tmp_path / "x.txt").write_text("zz")
-    config = settings(tmp_path, tokenizer, tokenizer_json=json.dumps(large), validation_fraction=0.0)
-    record = make_unit(input_files([str(tmp_path / "x.txt")]), config)
+    config = settings(tmp_path, tokenizer, tokenizer_json=json.dumps(large))
+    record = make_unit(read(tmp_path / "x.txt", validation_fraction=0.0), config)
     assert load(tmp_path, record, "train").dtype == np.uint32
 
 

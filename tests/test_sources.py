@@ -150,7 +150,9 @@ def test_units_hold_every_file_once_in_order_and_keep_to_their_size(sizes: list[
         InputFile(uri=str(number), name="", format="txt", compression="", size=size, version="")
         for number, size in enumerate(sizes)
     ]
-    units = work_units(files, unit_bytes)
+    made = work_units(files, unit_bytes, validation_fraction=0.5)
+    assert all(unit.validation_fraction == 0.5 for unit in made)
+    units = [unit.files for unit in made]
     assert [file for unit in units for file in unit] == files
     assert all(units)
     for unit in units:
@@ -209,6 +211,8 @@ if x:
         ("sources", ()),
         ("sources", ("",)),
         ("sources", "python-docs"),
+        ("validation_sources", ("",)),
+        ("validation_sources", "python-docs"),
         ("tokenizer", ""),
         ("vocab_size", 256),
         ("sequence_length", 1),

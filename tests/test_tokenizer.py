@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -65,19 +66,46 @@ def test_encode_batch_equals_encode(trained: Tokenizer) -> None:
 def test_long_texts_round_trip_in_pieces(trained: Tokenizer, text: str, piece: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(armd.tokenizer, "_PIECE", piece)
-        assert "".join(armd.tokenizer._pieces(text)) == text
-        assert max(map(len, armd.tokenizer._pieces(text))) <= piece
+        assert "".join(armd.tokenizer._pieces([text])) == text
+        assert max(map(len, armd.tokenizer._pieces([text]))) <= piece
         assert trained.decode(trained.encode(text)) == text
 
 
-def test_pieces_that_end_at_a_line_give_the_ids_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the cat sat \n\n on the mat\nthe dog  \nran \nand\n ran\n" * 20,
+        "the cat  sat \t on the   mat, \n\n the dog" * 30,  # no lone line end
+    ],
+)
+def test_pieces_that_end_between_words_give_the_ids_of_the_whole(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     tokenizer = Tokenizer.train(["a \n b\n\n\n c  \n\t d"] * 20, 280)  # has merges of white space across line ends
-    text = "the cat sat \n\n on the mat\nthe dog  \nran \nand\n ran\n" * 20
     whole = tokenizer.encode(text)
     for piece in range(60, 100):
         monkeypatch.setattr(armd.tokenizer, "_PIECE", piece)
-        assert len(list(armd.tokenizer._pieces(text))) > 10
+        assert len(list(armd.tokenizer._pieces([text]))) > 10
         assert tokenizer.encode(text) == whole
+
+
+@settings(max_examples=200, deadline=None)
+@given(parts=st.lists(st.text(alphabet="ab \n\t\u00e9", max_size=30), max_size=8), piece=st.integers(4, 20))
+def test_a_stream_gives_the_ids_of_the_whole_wherever_it_is_cut(
+    trained: Tokenizer, parts: list[str], piece: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(armd.tokenizer, "_PIECE", piece)
+        assert [token for ids in trained.encode_stream(iter(parts)) for token in ids] == trained.encode("".join(parts))
+
+
+def test_a_stream_is_never_held_whole(trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line of 2 MB: what is held does not grow with it."""
+    monkeypatch.setattr(armd.tokenizer, "_PIECE", 1000)
+    tracemalloc.start()
+    n_tokens = sum(len(ids) for ids in trained.encode_stream("the cat sat " * 100 for _ in range(1700)))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert n_tokens > 100_000
+    assert peak < 300_000
 
 
 def test_gpt2_folder(trained: Tokenizer, tmp_path) -> None:

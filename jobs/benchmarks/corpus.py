@@ -17,7 +17,6 @@ from jobs.benchmarks.measure import finish, spread
 from pipelines import corpus, runtime, storage
 from pipelines.corpus_config import CorpusConfig
 from pipelines.records import read_records
-from pipelines.sources import input_files
 
 COMMAND = "armd bench corpus"
 PARALLELISM = "TOKENIZERS_PARALLELISM"
@@ -41,7 +40,8 @@ def main(arguments: Sequence[str]) -> None:
     runtime.connect()
     documents = [
         record.text
-        for file in input_files(chosen.corpus.sources)
+        for unit in corpus.work_units(chosen.corpus)
+        for file in unit.files
         for record in read_records(file, chosen.corpus.text_field)
         if record.text
     ]
