@@ -7,9 +7,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from armd.autoregressive import AutoregressiveLM
     from armd.config import ARCHITECTURES, Architecture, ModelConfig
     from armd.engine import Completion, Engine, Event, Written, generate, infill
-    from armd.likelihood import bits_per_byte, perplexity, score
+    from armd.likelihood import (
+        bits_per_byte,
+        importance_weighted,
+        perplexity,
+        score,
+        score_orders,
+        score_random_orders,
+    )
+    from armd.masked_diffusion import MaskedDiffusionLM
     from armd.model import ARMD
     from armd.order import Order
     from armd.sampling import SamplingParams
@@ -19,9 +28,18 @@ if TYPE_CHECKING:
     __version__: str
 
 _MODULES = {
+    "autoregressive": ("AutoregressiveLM",),
     "config": ("ARCHITECTURES", "Architecture", "ModelConfig"),
     "engine": ("Completion", "Engine", "Event", "Written", "generate", "infill"),
-    "likelihood": ("bits_per_byte", "perplexity", "score"),
+    "likelihood": (
+        "bits_per_byte",
+        "importance_weighted",
+        "perplexity",
+        "score",
+        "score_orders",
+        "score_random_orders",
+    ),
+    "masked_diffusion": ("MaskedDiffusionLM",),
     "model": ("ARMD",),
     "order": ("Order",),
     "sampling": ("SamplingParams",),
@@ -34,9 +52,11 @@ __all__ = [
     "ARCHITECTURES",
     "ARMD",
     "Architecture",
+    "AutoregressiveLM",
     "Completion",
     "Engine",
     "Event",
+    "MaskedDiffusionLM",
     "ModelConfig",
     "Order",
     "SamplingParams",
@@ -44,11 +64,14 @@ __all__ = [
     "Written",
     "bits_per_byte",
     "generate",
+    "importance_weighted",
     "infill",
     "load",
     "perplexity",
     "save",
     "score",
+    "score_orders",
+    "score_random_orders",
 ]
 
 

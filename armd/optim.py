@@ -5,10 +5,10 @@ from typing import Literal
 
 import torch
 
-from armd.model import ARMD
 
-
-def adamw(model: ARMD, *, learning_rate: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
+def adamw(
+    model: torch.nn.Module, *, learning_rate: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.AdamW:
     """AdamW over all parameters; only the layers' projections are decayed.
 
     The embedding, the position table, norms and single vectors keep their size: the first two are looked up row by

@@ -60,12 +60,20 @@ class Order:
         """
         if not 0 <= prefix <= _length(length):
             raise ValueError(f"prefix must be between 0 and the length {length}, not {prefix}")
-        positions = list(range(prefix))
-        blocks = list(range(prefix))
-        for together in stream_blocks(range(prefix, length), n_streams):
-            blocks += [blocks[-1] + 1 if blocks else 0] * len(together)
-            positions += together
-        return cls.given(positions, blocks)
+        return cls._after(range(prefix), range(prefix, length), n_streams)
+
+    @classmethod
+    def infilling(cls, length: int, holes: Sequence[int], n_streams: int = 1) -> "Order":
+        """Known positions left to right, then `holes`, in `n_streams` streams: the order in which a template is filled.
+
+        Raises:
+            ValueError: `holes` names a position twice, or one that does not exist.
+        """
+        missing = sorted(holes)
+        hidden = set(missing)
+        if len(hidden) < len(missing) or (missing and not 0 <= missing[0] <= missing[-1] < _length(length)):
+            raise ValueError(f"holes must be different positions between 0 and {length - 1}, not {list(holes)}")
+        return cls._after([position for position in range(length) if position not in hidden], missing, n_streams)
 
     @classmethod
     def given(cls, positions: Sequence[int] | Tensor, blocks: Sequence[int] | Tensor | None = None) -> "Order":
@@ -90,6 +98,15 @@ class Order:
             raise ValueError("blocks by rank must start at 0 and rise by 0 or 1")
         largest = max(int(torch.bincount(row).max()) for row in blocks.reshape(-1, blocks.shape[-1]))
         return cls(positions, blocks, largest)
+
+    @classmethod
+    def _after(cls, known: Sequence[int], missing: Sequence[int], n_streams: int) -> "Order":
+        """`known` one by one, then `missing` in streams."""
+        positions, blocks = list(known), list(range(len(known)))
+        for together in stream_blocks(missing, n_streams):
+            blocks += [blocks[-1] + 1 if blocks else 0] * len(together)
+            positions += together
+        return cls.given(positions, blocks)
 
     @classmethod
     def stack(cls, orders: Sequence["Order"]) -> "Order":

@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from armd.config import MODEL_FILES, ModelConfig
 from armd.model import ARMD
+from armd.models import MODELS, Model, name_of
 from armd.tokenizer import Tokenizer
 
 *FILES, SUMS = MODEL_FILES
 
 
-def save(path: str | Path, model: ARMD, tokenizer: Tokenizer) -> None:
-    """Write `model` (as float32) and `tokenizer` into the folder `path`, made where it is missing.
+def save(path: str | Path, model: Model, tokenizer: Tokenizer) -> None:
+    """Write `model`, ARMD or a baseline (as float32), and `tokenizer` into the folder `path`, made where it is missing.
 
     Raises:
         ValueError: the tokenizer's vocabulary is not the model's.
@@ -28,7 +29,8 @@ def save(path: str | Path, model: ARMD, tokenizer: Tokenizer) -> None:
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SUMS).unlink(missing_ok=True)
-    (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    config = {"model": name_of(model), **model.config.to_dict()}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / "model.safetensors")
     tokenizer.save(folder / "tokenizer.json")
@@ -36,21 +38,31 @@ def save(path: str | Path, model: ARMD, tokenizer: Tokenizer) -> None:
 
 
 def load(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[ARMD, Tokenizer]:
-    """The model, in evaluation mode, and the tokenizer of the folder `path`.
+    """The ARMD model, in evaluation mode, and the tokenizer of the folder `path`.
 
     Raises:
         ValueError: a file is missing, does not match its sum, or does not fit the others; the message names it.
     """
+    model, tokenizer = load_any(path, device=device)
+    if not isinstance(model, ARMD):
+        raise ValueError(f"{path} holds the baseline {type(model).__name__}, which has no order to choose; not ARMD")
+    return model, tokenizer
+
+
+def load_any(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[Model, Tokenizer]:
+    """As `load`, whichever of `MODELS` the folder holds."""
     folder = Path(path)
     verify(folder)
     try:
-        config = ModelConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
+        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = MODELS[about.pop("model", "armd")]
+        config = ModelConfig(**about)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'} is not a model's configuration: {error}") from error
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     _check_vocabulary(config, tokenizer)
     with torch.device("meta"):
-        model = ARMD(config)
+        model = kind(config)
     try:
         state = load_file(folder / "model.safetensors", device=str(device))
         model.load_state_dict(state, assign=True)

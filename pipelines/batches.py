@@ -1,4 +1,4 @@
-"""What a worker computes at each step: its sequences of the global batch and their orders, read one step ahead.
+"""What a worker computes at each step: its sequences and what is drawn for them, read one step ahead.
 
 A step's data are a pure function of the seed, the corpus and the step, whatever the number of workers: sequence
 `row` of step `step` is sample `step * batch_size + row` of an endless run through the training windows, each epoch in
@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from armd.objective import Schedule
+from armd.masked_diffusion import Noise
+from armd.objective import Drawn, Schedule
 from armd.order import Order
 from pipelines.train_config import TrainConfig
 from pipelines.windows import Permutation, WindowIndex
@@ -24,12 +25,21 @@ class MicroBatch:
     """Sequences that go through the model together."""
 
     tokens_BN: torch.Tensor
-    order: Order
+    drawn: Drawn
 
 
 def schedule(config: TrainConfig) -> Schedule:
     """The schedule of orders in a training configuration."""
     return Schedule(**{name: getattr(config, name) for name in Schedule.__dataclass_fields__})
+
+
+def held_out_draw(config: TrainConfig, n_streams: int, rows: Sequence[int], n_rows: int, length: int) -> Drawn:
+    """What the held-out loss of windows `rows` of `n_rows` is measured with, the same at every measurement."""
+    if config.model == "autoregressive":
+        return None
+    if config.model == "masked_diffusion":
+        return Noise.of_rows(rows, n_rows, length, "held out")
+    return Order.strided(length, min(n_streams, length))
 
 
 class Batches:
@@ -73,8 +83,15 @@ class Batches:
 
     def _micro_batch(self, step: int, rows: Sequence[int]) -> MicroBatch:
         tokens = torch.from_numpy(np.stack([self._window(step * self._config.batch_size + row) for row in rows]))
-        order = self._schedule.order(step, rows, self._windows.sequence_length, self._config.seed)
-        return MicroBatch(tokens.pin_memory() if self._pin else tokens, order)
+        return MicroBatch(tokens.pin_memory() if self._pin else tokens, self._draw(step, rows))
+
+    def _draw(self, step: int, rows: Sequence[int]) -> Drawn:
+        config, length = self._config, self._windows.sequence_length
+        if config.model == "autoregressive":
+            return None
+        if config.model == "masked_diffusion":
+            return Noise.of_rows(rows, config.batch_size, length, "train", config.seed, step)
+        return self._schedule.order(step, rows, length)
 
     def _window(self, sample: int) -> np.ndarray:
         epoch, place = divmod(sample, len(self._windows))

@@ -8,15 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import armd
 from armd.config import MODEL_FILES, Architecture
+from armd.models import MODELS, Model
+from armd.objective import nats
 from armd.tokenizer import Tokenizer
 from pipelines import checkpoint, ema, runtime, storage
+from pipelines.batches import held_out_draw
 from pipelines.errors import UserError
 from pipelines.manifest import read_manifest, write_manifest
 from pipelines.progress import Progress, silent
+from pipelines.train_config import TrainConfig
 from pipelines.windows import WindowIndex
 
 # The exported weights are float32. Training in float32 must be met to rounding; bfloat16 rounds every weight and
@@ -57,7 +62,7 @@ def export(config: ExportConfig, inputs: Mapping[str, str], output_dir: str, pro
         progress.update(2, 4, "steps", "weights gathered")
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         validation = WindowIndex(inputs["corpus"], "validation")
-        loss = held_out_loss(model, validation, about["config"]["validation_windows"], config.batch_size)
+        loss = held_out_loss(model, validation, TrainConfig.from_dict(about["config"]), config.batch_size)
         progress.update(3, 4, "steps", f"held-out loss {loss:.4f}")
         reported = trained["final"]["validation_nats_per_token"]
         if not abs(loss - reported) <= TOLERANCE[trained["dtype"]] * max(1.0, reported):
@@ -81,12 +86,12 @@ def export(config: ExportConfig, inputs: Mapping[str, str], output_dir: str, pro
     }
 
 
-def load_checkpoint(tokenizer: Tokenizer, path: str, about: Mapping[str, Any], scratch: str) -> armd.ARMD:
+def load_checkpoint(tokenizer: Tokenizer, path: str, about: Mapping[str, Any], scratch: str) -> Model:
     """The model of a verified checkpoint in float32: its averaged weights where it has them."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     architecture = Architecture(**about["config"]["architecture"])
-    model = armd.ARMD(architecture.model_config(tokenizer.vocab_size, about["sequence_length"]))
+    model = MODELS[about["config"]["model"]](architecture.model_config(tokenizer.vocab_size, about["sequence_length"]))
     folder = checkpoint.local_copy(path, dict(about), scratch)
     if about["config"]["ema_decay"] is not None:
         shapes = {f"model.{name}": parameter.shape for name, parameter in model.named_parameters()}
@@ -97,13 +102,14 @@ def load_checkpoint(tokenizer: Tokenizer, path: str, about: Mapping[str, Any], s
     return model.eval()
 
 
-def held_out_loss(model: armd.ARMD, windows: WindowIndex, most: int, batch_size: int) -> float:
-    """Mean nats a token, left to right, over the first `most` windows."""
-    n = min(most, len(windows))
-    order = armd.Order.left_to_right(windows.sequence_length)
+@torch.no_grad()
+def held_out_loss(model: Model, windows: WindowIndex, config: TrainConfig, batch_size: int) -> float:
+    """Mean nats a token over the windows that training validated on: left to right, or a baseline's own measure."""
+    n = min(config.validation_windows, len(windows))
     total = 0.0
     for first in range(0, n, batch_size):
-        rows = [torch.from_numpy(windows[i]) for i in range(first, min(n, first + batch_size))]
-        tokens = torch.stack(rows).to(model.embedding.weight.device)
-        total -= float(armd.score(model, tokens, order).double().sum())
+        rows = range(first, min(n, first + batch_size))
+        tokens = torch.from_numpy(np.stack([windows[i] for i in rows])).to(model.embedding.weight.device)
+        loss_sum, _ = nats(model, tokens, held_out_draw(config, 1, rows, n, windows.sequence_length))
+        total += float(loss_sum)
     return total / (n * windows.sequence_length)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from armd.config import Architecture
 
@@ -11,12 +11,16 @@ from armd.config import Architecture
 class TrainConfig:
     """Progressive permutation for `steps` steps, then strided fine-tuning for `strided_steps` more.
 
+    The baselines train with the same data, steps and batch; settings of orders and streams mean nothing to them.
+
     Raises:
         ValueError: naming the field and the value that does not fit.
     """
 
     architecture: Architecture = field(default_factory=Architecture)
     """The model's layers and widths; vocabulary and length come from the corpus."""
+    model: Literal["armd", "autoregressive", "masked_diffusion"] = "armd"
+    """What is trained: the model, or a baseline of the same layers (a plain causal transformer, or MDLM)."""
     seed: int = 0
     """Seeds the weights, the order of the data and every drawn permutation."""
     batch_size: int = 512
@@ -34,9 +38,15 @@ class TrainConfig:
     max_shuffled: int = 32
     """Ranks shuffled among themselves in the end (the paper's rho)."""
     streams: tuple[int, ...] = (1, 2, 4)
-    """Numbers of streams that strided fine-tuning draws from, one a step."""
+    """Numbers of streams that strided and infilling steps draw from, one a step."""
     prefix_probability: float = 0.5
     """Share of the strided steps with a known prefix of random length before the streams, as prompts need."""
+    strided_share: float = 0.0
+    """Share of the steps between `mix_after` and `steps` that are strided, as the mixed recipe has it."""
+    infilling_share: float = 0.0
+    """Share of them in which holes are filled, so that infilling is in distribution."""
+    mix_after: int = 0
+    """Steps before the first one that these shares take."""
     learning_rate: float = 3e-4
     """Peak learning rate of AdamW."""
     min_learning_rate_ratio: float = 0.1
@@ -82,6 +92,7 @@ class TrainConfig:
         _at_least(self, 1, "batch_size", "micro_batch_size", "n_workers", "log_every", "validate_every")
         _at_least(self, 1, "validation_windows", "checkpoint_every", "keep_checkpoints")
         _at_least(self, 0, "steps", "strided_steps", "ar_steps", "max_shuffled", "warmup_steps", "weight_decay", "clip")
+        _at_least(self, 0, "mix_after", "strided_share", "infilling_share")
         _at_least(self, 0, "max_failures", "wait_for_nodes")
         if self.total_steps < 1:
             raise ValueError("steps + strided_steps must be at least 1, not 0")
@@ -98,6 +109,10 @@ class TrainConfig:
             )
         if not self.streams or min(self.streams) < 1:
             raise ValueError(f"streams must be numbers of at least 1, not {self.streams}")
+        if self.strided_share + self.infilling_share > 1:
+            raise ValueError(
+                f"strided_share = {self.strided_share} and infilling_share = {self.infilling_share} are more than 1"
+            )
         for name in ("prefix_probability", "min_learning_rate_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
@@ -108,10 +123,21 @@ class TrainConfig:
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay must be between 0 and 1, not {self.ema_decay}")
 
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "TrainConfig":
+        """The configuration that `dataclasses.asdict` wrote, as a checkpoint's manifest holds it."""
+        tuples = {name: tuple(fields[name]) for name in ("streams", "betas")}
+        return cls(**{**fields, **tuples, "architecture": Architecture(**fields["architecture"])})
+
     @property
     def total_steps(self) -> int:
         """Steps of the whole run, the strided ones included."""
         return self.steps + self.strided_steps
+
+    @property
+    def teaches_streams(self) -> bool:
+        """Whether any step is strided, so that parallel sampling is in distribution at the end."""
+        return self.model == "armd" and bool(self.strided_steps or (self.strided_share and self.steps > self.mix_after))
 
     @property
     def accumulation(self) -> int:

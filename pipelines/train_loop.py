@@ -18,14 +18,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from armd.model import ARMD
-from armd.objective import nats
+from armd.models import MODELS, Model
+from armd.objective import Drawn, nats
 from armd.optim import adamw, learning_rate
-from armd.order import Order
 from armd.randomness import seeded
 from armd.tokenizer import Tokenizer
 from pipelines import storage, zero
-from pipelines.batches import Batches, MicroBatch, schedule
+from pipelines.batches import Batches, MicroBatch, held_out_draw, schedule
 from pipelines.ema import Ema
 from pipelines.errors import UserError
 from pipelines.manifest import read_manifest
@@ -81,7 +80,7 @@ class Worker:
         self.schedule = schedule(self.config)
         vocab_size = _tokenizer(job.corpus).vocab_size
         model_config = self.config.architecture.model_config(vocab_size, self.length)
-        model = ARMD(model_config, generator=seeded("weights", self.config.seed)).to(self.device)
+        model = MODELS[self.config.model](model_config, generator=seeded("weights", self.config.seed)).to(self.device)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         optimizer = adamw(
             model,
@@ -126,7 +125,7 @@ class Worker:
             group["lr"] = self._learning_rate(self.step)
         total = torch.zeros((), device=self.device)
         for micro_batch in micro_batches:
-            loss_sum, count = self.engine(micro_batch.tokens_BN.to(self.device, non_blocking=True), micro_batch.order)
+            loss_sum, count = self.engine(micro_batch.tokens_BN.to(self.device, non_blocking=True), micro_batch.drawn)
             # Every sequence has the same number of tokens, so DeepSpeed's mean over ranks and micro-batches of these
             # means is the mean over the global batch.
             self.engine.backward(loss_sum / count)
@@ -142,20 +141,20 @@ class Worker:
 
     @torch.no_grad()
     def _validate(self, last: bool) -> dict[str, float]:
-        """Held-out nats a token, left to right; from where strided fine-tuning begins in each number of streams too."""
-        several = last or self.schedule.is_strided(self.step)
-        streams = sorted({1, *self.config.streams}) if several else [1]
+        """Held-out nats a token, left to right; where streams are taught, in each number of them too."""
+        config = self.config
+        begun = self.step > (config.mix_after if config.strided_share else config.steps)
+        streams = sorted({1, *config.streams}) if config.teaches_streams and (last or begun) else [1]
         losses = {}
         self.engine.eval()
         with self.ema.in_place() if self.ema is not None else contextlib.nullcontext():
             for n_streams in streams:
-                order = Order.strided(self.length, min(n_streams, self.length))
-                losses[str(n_streams)] = self._held_out(order)
+                losses[str(n_streams)] = self._held_out(n_streams)
                 self._record({"kind": "validation", "loss": losses[str(n_streams)], "n_streams": n_streams})
         self.engine.train()
         return losses
 
-    def _held_out(self, order: Order) -> float:
+    def _held_out(self, n_streams: int) -> float:
         """Mean nats a token over the first validation windows, shared out over the ranks."""
         n = min(self.config.validation_windows, len(self.validation))
         size = self.config.micro_batch_size
@@ -165,7 +164,8 @@ class Worker:
             # Under ZeRO-3 every forward is collective: a rank with nothing left computes window 0 for nothing.
             rows = [self.validation[i] for i in mine] or [self.validation[0]]
             tokens = torch.from_numpy(np.stack(rows)).to(self.device)
-            loss_sum, count = self.engine(tokens, order)
+            drawn = held_out_draw(self.config, n_streams, mine or [0], n, self.length)
+            loss_sum, count = self.engine(tokens, drawn)
             if mine:
                 total += torch.tensor([float(loss_sum), count], dtype=torch.float64, device=self.device)
         loss_sum, count = self._summed(total)
@@ -258,7 +258,8 @@ class Worker:
 
     def _metrics(self, since: "_Meter") -> dict[str, Any]:
         step = self.step - 1  # the step just done, counted from 0 as the schedules do
-        strided = self.schedule.is_strided(step)
+        kind = self.schedule.kind(step)
+        strided = kind == "strided"
         return {
             "kind": "train",
             "loss": since.loss,
@@ -266,8 +267,9 @@ class Worker:
             "learning_rate": self._learning_rate(step),
             "tokens_per_second": self.config.batch_size * self.length / since.step_seconds,
             "step_seconds": since.step_seconds,
+            "order": kind,
             "n_shuffled": self.schedule.n_shuffled(step),
-            "n_streams": self.schedule.strided_draw(step, self.length, self.config.seed)[0] if strided else 1,
+            "n_streams": self.schedule.strided_draw(step, self.length)[0] if strided else 1,
         }
 
     def _record(self, record: dict[str, Any]) -> None:
@@ -310,13 +312,13 @@ class _Meter:
 class Nats(torch.nn.Module):
     """The objective as the module that DeepSpeed wraps: its forward is the sum of nats and the count."""
 
-    def __init__(self, model: ARMD) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, tokens_BN: torch.Tensor, order: Order) -> tuple[torch.Tensor, int]:
+    def forward(self, tokens_BN: torch.Tensor, drawn: Drawn) -> tuple[torch.Tensor, int]:
         """As `armd.objective.nats`."""
-        return nats(self.model, tokens_BN, order)
+        return nats(self.model, tokens_BN, drawn)
 
 
 def _device(job: Job) -> torch.device:

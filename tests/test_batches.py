@@ -57,7 +57,7 @@ def test_reading_ahead_changes_nothing(windows: WindowIndex) -> None:
     for step, parts in enumerate(ahead, start=37):
         for part, expected in zip(parts, Batches(CONFIG, windows, 0).at(step), strict=True):
             assert torch.equal(part.tokens_BN, expected.tokens_BN)
-            assert torch.equal(part.order.positions, expected.order.positions)
+            assert torch.equal(part.drawn.positions, expected.drawn.positions)
 
 
 def test_metrics_of_steps_done_again_are_dropped(tmp_path: Path) -> None:

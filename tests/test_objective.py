@@ -33,7 +33,7 @@ def test_permutation_grows_as_in_the_paper() -> None:
     assert [at(0), at(8_999), at(9_000), at(48_000), at(399_999)] == [0, 0, 0, 32, 32]
     assert at(9_000 + 39_000 // 2) == 16
     assert [at(400_000), at(409_999)] == [0, 0]  # strided fine-tuning
-    assert [PAPER.is_strided(step) for step in (399_999, 400_000)] == [False, True]
+    assert [PAPER.kind(step) for step in (399_999, 400_000)] == ["progressive", "strided"]
 
 
 def test_permutation_without_growth() -> None:
@@ -42,7 +42,7 @@ def test_permutation_without_growth() -> None:
 
 
 def test_strided_steps_draw_all_streams_and_half_with_a_prefix() -> None:
-    drawn = [PAPER.strided_draw(step, 64, seed=1) for step in range(400_000, 402_000)]
+    drawn = [PAPER.strided_draw(step, 64) for step in range(400_000, 402_000)]
     counts = [sum(n == s for n, _ in drawn) for s in (1, 2, 4)]
     assert min(counts) > 600
     prefixes = [prefix for _, prefix in drawn]
@@ -52,13 +52,13 @@ def test_strided_steps_draw_all_streams_and_half_with_a_prefix() -> None:
 
 
 def test_orders_depend_on_the_row_not_on_who_asks() -> None:
-    whole = PAPER.order(50_000, range(4), 32, seed=3)
-    half = PAPER.order(50_000, range(2, 4), 32, seed=3)
+    whole = PAPER.order(50_000, range(4), 32)
+    half = PAPER.order(50_000, range(2, 4), 32)
     assert torch.equal(whole.positions[2:], half.positions)
     assert not torch.equal(whole.positions[0], whole.positions[1])
-    other_step = PAPER.order(50_001, range(4), 32, seed=3)
+    other_step = PAPER.order(50_001, range(4), 32)
     assert not torch.equal(whole.positions, other_step.positions)
-    assert PAPER.order(0, range(4), 32, seed=3).positions.ndim == 1
+    assert PAPER.order(0, range(4), 32).positions.ndim == 1
 
 
 def test_seeded_generators_are_independent() -> None:
@@ -99,3 +99,39 @@ def test_only_projections_are_decayed() -> None:
     }
     assert len(decayed["params"]) + len(kept["params"]) == len(names)
     assert "embedding.weight" in {names[id(p)] for p in kept["params"]}
+
+
+MIXED = Schedule(
+    **{
+        **PAPER.__dict__,
+        "steps": 1_000,
+        "max_shuffled": 0,
+        "strided_share": 0.5,
+        "infilling_share": 0.2,
+        "mix_after": 100,
+        "seed": 4,
+    }
+)
+
+
+def test_mixed_shares_hold_from_their_step_on() -> None:
+    """Fails when `kind` compares with `infilling_share` alone."""
+    assert {MIXED.kind(step) for step in range(100)} == {"progressive"}
+    drawn = [MIXED.kind(step) for step in range(100, 1_000)]
+    assert 0.44 < drawn.count("strided") / 900 < 0.56
+    assert 0.15 < drawn.count("infilling") / 900 < 0.25
+    assert MIXED.kind(1_000) == "strided"
+    assert drawn == [MIXED.kind(step) for step in range(100, 1_000)]
+
+
+def test_infilling_steps_leave_their_holes_for_last() -> None:
+    steps = [step for step in range(100, 1_000) if MIXED.kind(step) == "infilling"]
+    single = 0
+    for step in steps:
+        n_streams, holes = MIXED.infilling_draw(step, 64)
+        order = MIXED.order(step, range(2), 64)
+        assert n_streams in (1, 2, 4)
+        assert sorted(order.positions.tolist()[len(order.positions) - len(holes) :]) == holes
+        assert order.positions.tolist()[: 64 - len(holes)] == [p for p in range(64) if p not in holes]
+        single += holes == list(range(holes[0], holes[-1] + 1)) if holes else 0
+    assert 0.3 < single / len(steps) < 0.75

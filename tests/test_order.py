@@ -91,3 +91,13 @@ def test_stream_blocks_refuses_no_streams() -> None:
     with pytest.raises(ValueError, match="0"):
         stream_blocks(range(4), 0)
     assert stream_blocks([], 3) == []
+
+
+def test_infilling_fills_holes_last_in_streams() -> None:
+    order = Order.infilling(8, [2, 3, 5, 6], n_streams=2)
+    assert order.positions.tolist() == [0, 1, 4, 7, 2, 5, 3, 6]
+    assert order.blocks.tolist() == [0, 1, 2, 3, 4, 5, 6, 6]
+    assert Order.infilling(4, []).positions.tolist() == [0, 1, 2, 3]
+    for holes in ([4], [-1], [1, 1]):
+        with pytest.raises(ValueError, match="holes must be different positions between 0 and 3"):
+            Order.infilling(4, holes)
