@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from armd.config import ARCHITECTURES, Architecture, ModelConfig
-    from armd.engine import Completion, Engine, Event, Written, generate, infill
+    from armd.engine import Engine, generate, infill
     from armd.likelihood import bits_per_byte, perplexity, score
     from armd.model import ARMD
     from armd.order import Order
+    from armd.request import Completion, Event, Written
     from armd.sampling import SamplingParams
     from armd.tokenizer import Tokenizer
     from armd.weights import load, save
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "config": ("ARCHITECTURES", "Architecture", "ModelConfig"),
-    "engine": ("Completion", "Engine", "Event", "Written", "generate", "infill"),
+    "engine": ("Engine", "generate", "infill"),
     "likelihood": ("bits_per_byte", "perplexity", "score"),
     "model": ("ARMD",),
     "order": ("Order",),
+    "request": ("Completion", "Event", "Written"),
     "sampling": ("SamplingParams",),
     "tokenizer": ("Tokenizer",),
     "weights": ("load", "save"),

@@ -167,5 +167,6 @@ def test_a_prompt_may_fill_the_context(model: ARMD) -> None:
 def test_memory_of_a_slot_is_known(model: ARMD) -> None:
     engine = Engine(model, max_slots=3)
     cache = engine.decoder.cache
-    by_hand = 2 * (2 * (64 + 1) + 2 * 64) * 16 * 8 + 8 * 16 * 4  # float64 keys and values, float32 state
+    # float64 keys and values, with a null key and a rank for padding; a float32 state
+    by_hand = 2 * (2 * (64 + 2) + 2 * (64 + 1)) * 16 * 8 + 8 * 16 * 4
     assert cache.bytes_per_slot == by_hand

@@ -1,0 +1,226 @@
+"""Which rows a step has, where they are written and what they see: integers, worked out on the host.
+
+Ranks make every mask an interval of keys. Neighbouring slots that bring equal numbers of rows are a run: attention over
+a run is one call that reads the cache where it lies. With static shapes the rows of a text, the texts of a run and the
+keys are padded to a few sizes, so that a GPU can replay what it has recorded; rows of the padding read the null key
+and write a rank that nobody reads.
+
+Shapes: B texts of a run, R rows of each, K keys.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from armd.cache import Cache
+
+_KEYS_STEP = 128
+"""With static shapes, numbers of keys are multiples of this."""
+
+
+@dataclass
+class Work:
+    """What one text brings to a step: content rows from rank `cached` on, query rows from rank `queried` on."""
+
+    slot: int
+    """The text's place in the cache."""
+    folded: int = 0
+    """Ranks in the prefix state. Those up to `queried` are added to it, as their tokens are certain."""
+    cached: int = 0
+    """Ranks in the content cache."""
+    queried: int = 0
+    """Ranks in the cache of query rows."""
+    tokens: Sequence[int] = ()
+    """From rank `folded` to the last content row's."""
+    positions: Sequence[int] = ()
+    """From rank `folded` to the last query row's."""
+    content_ends: Sequence[int] = ()
+    """For each content row: how many ranks it sees."""
+    starts: Sequence[int] = ()
+    """For each query row: how many ranks of content it sees."""
+    ends: Sequence[int] = ()
+    """For each query row: how many ranks of query rows it sees; it always sees itself."""
+    n_logits: int = 0
+    """How many of the last query rows want logits."""
+
+
+class Seen(NamedTuple):
+    """What the rows of a run attend to."""
+
+    n_keys: int
+    mask: Tensor | None
+    """(B, 1, R, K), added to the scores; None where every row sees all K keys."""
+
+
+class Shape(NamedTuple):
+    """How many rows of each kind a text brings."""
+
+    content: int
+    query: int
+    folded: int
+    """Content that enters the prefix state."""
+    pending: int
+    """Content that some of the query rows see and some do not."""
+
+
+class Run(NamedTuple):
+    """Neighbouring slots with equal numbers of rows; slices are of the rows of all runs."""
+
+    slots: slice
+    content: slice
+    query: slice
+    folded: slice
+    pending: slice
+    content_seen: Seen
+    """By content rows; without the null key."""
+    strict_seen: Seen
+    """By query rows of the content; the null key in front."""
+    query_seen: Seen
+    """By query rows of the query rows."""
+
+
+class Rows:
+    """The rows of one step: its runs, and by name the integers of all rows, on the device.
+
+    | integers                                                             | of each          |
+    | -------------------------------------------------------------------- | ---------------- |
+    | content_tokens, content_positions, content_places, content_ends      | content row      |
+    | query_positions, query_places, query_ranks, starts, ends             | query row        |
+    | folded_tokens, folded_positions                                      | folded rank      |
+    | pending_tokens                                                       | pending rank     |
+    | wanted                                                               | row for logits   |
+
+    Places are in the storage of one layer with its slots joined.
+
+    Args:
+        work: what the texts bring, by slot.
+        cache: where they bring it.
+        static_shapes: pad to a few sizes.
+    """
+
+    def __init__(self, work: Sequence[Work], cache: Cache, *, static_shapes: bool) -> None:
+        self._cache = cache
+        self._static = static_shapes
+        self._lists: defaultdict[str, list[int]] = defaultdict(list)
+        first_query: dict[int, int] = {}
+        cut: list[tuple[slice, ...]] = []
+        for shape, members in _static_runs(work, cache.n_slots) if static_shapes else _runs(work):
+            before = self._counts()
+            for one in members:
+                first_query.setdefault(one.slot, 0)
+                if one.positions:
+                    first_query[one.slot] = len(self._lists["query_positions"])
+                self._add(one, shape)
+            rows = (slice(start, end) for start, end in zip(before, self._counts(), strict=True))
+            cut.append((slice(members[0].slot, members[-1].slot + 1), *rows))
+        for one in work:
+            last = first_query[one.slot] + len(one.starts)
+            self._lists["wanted"] += range(last - one.n_logits, last)
+        self.n_wanted = len(self._lists["wanted"])
+        if static_shapes:
+            self._lists["wanted"] += [0] * (_size(self.n_wanted) - self.n_wanted)
+        integers = torch.tensor([*chain(*self._lists.values())], device=cache.prefix.device)
+        self._columns = dict(
+            zip(self._lists, integers.split([len(values) for values in self._lists.values()]), strict=True)
+        )
+        self.runs = [self._run(*slices) for slices in cut]
+
+    def __getitem__(self, column: str) -> Tensor:
+        return self._columns[column]
+
+    def _counts(self) -> tuple[int, ...]:
+        return tuple(
+            len(self._lists[name]) for name in ("content_tokens", "query_positions", "folded_tokens", "pending_tokens")
+        )
+
+    def _add(self, one: Work, shape: Shape) -> None:
+        """Append the rows of one text, padded to the shape of its run."""
+        cached, queried = one.cached - one.folded, one.queried - one.folded  # as indices of its tokens and positions
+        content_ranks = range(one.cached, one.folded + len(one.tokens))
+        query_ranks = range(one.queried, one.folded + len(one.positions))
+        nowhere = self._cache.max_length
+        content, query = one.slot * self._cache.content.shape[2] + 1, one.slot * self._cache.query.shape[2]
+        add = self._pad
+        add("content_tokens", one.tokens[cached:], shape.content, 0)
+        add("content_positions", one.positions[cached : len(one.tokens)], shape.content, nowhere)
+        add("content_places", [content + rank for rank in content_ranks], shape.content, content + nowhere)
+        add("content_ends", one.content_ends, shape.content, 1)
+        add("query_positions", one.positions[queried:], shape.query, nowhere)
+        add("query_places", [query + rank for rank in query_ranks], shape.query, query + nowhere)
+        add("query_ranks", query_ranks, shape.query, 0)
+        add("starts", one.starts, shape.query, 0)
+        add("ends", one.ends, shape.query, 1)
+        add("folded_tokens", one.tokens[:queried], shape.folded, 0)
+        add("folded_positions", one.positions[:queried], shape.folded, nowhere)
+        add("pending_tokens", one.tokens[queried:], shape.pending, 0)
+
+    def _pad(self, name: str, values: Sequence[int], length: int, padding: int) -> None:
+        column = self._lists[name]
+        column += values
+        if len(values) < length:
+            column += [padding] * (length - len(values))
+
+    def _run(self, slots: slice, content: slice, query: slice, folded: slice, pending: slice) -> Run:
+        """A run, with what its rows see."""
+        n_texts = slots.stop - slots.start
+        return Run(
+            slots=slots,
+            content=content,
+            query=query,
+            folded=folded,
+            pending=pending,
+            content_seen=self._seen(n_texts, content, "content_ends"),
+            strict_seen=self._seen(n_texts, query, "starts", n_before=1),
+            query_seen=self._seen(n_texts, query, "ends", own="query_ranks"),
+        )
+
+    def _seen(self, n_texts: int, rows: slice, ends: str, *, n_before: int = 0, own: str | None = None) -> Seen:
+        """Rows see `n_before` keys and those of the first ranks, up to `ends`, and where it is given their `own`."""
+        if rows.start == rows.stop:
+            return Seen(0, None)
+        shown = self._lists[ends][rows]
+        n_keys = n_before + max(shown)
+        if own is not None:
+            n_keys = max(n_keys, 1 + max(self._lists[own][rows]))
+        if self._static:
+            n_keys = min(-(-n_keys // _KEYS_STEP) * _KEYS_STEP, self._cache.max_length + 1)
+        elif n_before + min(shown) == n_keys:
+            return Seen(n_keys, None)
+        keys_K = torch.arange(n_keys, device=self._cache.prefix.device)
+        hidden = keys_K >= n_before + self[ends][rows].view(n_texts, 1, -1, 1)
+        if own is not None:
+            hidden &= keys_K != self[own][rows].view(n_texts, 1, -1, 1)
+        mask = torch.zeros(hidden.shape, dtype=self._cache.content.dtype, device=hidden.device)
+        return Seen(n_keys, mask.masked_fill_(hidden, -torch.inf))
+
+
+def _runs(work: Sequence[Work]) -> Iterator[tuple[Shape, list[Work]]]:
+    """Runs without padding: neighbours of one shape."""
+    shapes = [_shape(one) for one in work]
+    for (_, shape), group in groupby(enumerate(work), key=lambda pair: (pair[1].slot - pair[0], shapes[pair[0]])):
+        yield shape, [one for _, one in group]
+
+
+def _static_runs(work: Sequence[Work], n_slots: int) -> Iterator[tuple[Shape, list[Work]]]:
+    """Runs of padded shapes, from slot 0 on; slots that bring nothing of that shape bring padding."""
+    by_shape: dict[Shape, dict[int, Work]] = {}
+    for one in work:
+        by_shape.setdefault(Shape(*map(_size, _shape(one))), {})[one.slot] = one
+    for shape, members in by_shape.items():
+        n_texts = min(_size(max(members) + 1), n_slots)
+        yield shape, [members.get(slot) or Work(slot) for slot in range(n_texts)]
+
+
+def _shape(one: Work) -> Shape:
+    queried = one.queried - one.folded
+    return Shape(len(one.content_ends), len(one.starts), queried, len(one.tokens) - queried)
+
+
+def _size(n: int) -> int:
+    """`n`, padded to a power of two."""
+    return 1 << (n - 1).bit_length() if n else 0
