@@ -32,15 +32,13 @@ class Cache:
                 f"{n_slots} slots of {self.bytes_per_slot:,} bytes need {n_slots * self.bytes_per_slot:,} bytes; "
                 f"memory_bytes allows {memory_bytes:,}"
             )
-        content, query = _shapes(config)
-        # (layer, slot, rank, key or value, head, width): what a projection gives for a row is written as it is.
-        self.content = like.new_zeros(content[0], n_slots, *content[1:])
-        self.query = like.new_zeros(query[0], n_slots, *query[1:])
+        # (layer, key or value, slot, rank, head, width); content rows have the null key in front.
+        self.content, self.query = (like.new_zeros(layers, 2, n_slots, *row) for layers, *row in _shapes(config))
         self.prefix = torch.zeros(n_slots, config.d_prefix, config.d_model, device=like.device)
         with torch.no_grad():
             for storage, layer in zip(self.content, model.two_stream_layers, strict=True):
                 assert layer.attention.null is not None, "only two-stream layers have a null key"
-                storage[:, 0] = layer.attention.null.squeeze(2)
+                storage[:, :, 0] = layer.attention.null.squeeze(2)[:, None]
 
     def clear(self, slot: int) -> None:
         """Make a slot ready for another text; masks show no key that it has not written."""
@@ -49,20 +47,21 @@ class Cache:
     @torch.inference_mode()
     def copy(self, source: int, slot: int, n_ranks: int) -> None:
         """Give `slot` the keys and values of the first `n_ranks` ranks of `source`."""
-        self.content[:, slot, 1 : 1 + n_ranks] = self.content[:, source, 1 : 1 + n_ranks]
-        self.query[:, slot, :n_ranks] = self.query[:, source, :n_ranks]
+        for storage, n_rows in ((self.content, 1 + n_ranks), (self.query, n_ranks)):
+            storage[:, :, slot, :n_rows] = storage[:, :, source, :n_rows]
 
 
 def bytes_per_slot(config: ModelConfig, dtype: torch.dtype) -> int:
     """Memory of one slot in bytes: keys and values in `dtype`, the prefix state in float32."""
-    return sum(map(math.prod, _shapes(config))) * dtype.itemsize + 4 * config.d_prefix * config.d_model
+    elements = sum(2 * math.prod(shape) for shape in _shapes(config))
+    return elements * dtype.itemsize + 4 * config.d_prefix * config.d_model
 
 
 def _shapes(config: ModelConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(layers, ranks, 2, heads, width) of the storage of content and of query rows.
+    """(layers, ranks, heads, width) of the keys, or the values, of content and of query rows.
 
     Content has the null key in front; the last rank of both takes what rows of the padding write.
     """
-    row = (2, config.n_heads, config.d_model // config.n_heads)
+    row = (config.n_heads, config.d_model // config.n_heads)
     n_two, n_causal = config.n_two_stream_layers, config.n_layers - config.n_two_stream_layers
     return (n_two, config.max_length + 2, *row), (n_causal, config.max_length + 1, *row)

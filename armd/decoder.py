@@ -16,9 +16,9 @@ from torch import Tensor
 
 from armd.attention import rotary_angles
 from armd.cache import Cache
-from armd.layers import Layer
+from armd.cached_layer import CachedLayer
 from armd.model import ARMD
-from armd.rows import Rows, Run, Seen, Work
+from armd.rows import Rows, Run, Work
 
 
 class Decoder:
@@ -31,16 +31,17 @@ class Decoder:
         self, model: ARMD, n_slots: int, *, memory_bytes: int | None = None, static_shapes: bool = False
     ) -> None:
         self.model = model
-        self.cache = Cache(model, n_slots, memory_bytes)
+        self.cache = cache = Cache(model, n_slots, memory_bytes)
         self.static_shapes = static_shapes
         config = model.config
         with torch.inference_mode():
+            self._two_stream_layers = [*map(CachedLayer, model.two_stream_layers, cache.content)]
+            self._causal_layers = [*map(CachedLayer, model.causal_layers, cache.query)]
             # One position more than there are, for the padding, which aggregates nothing.
-            self.prefix_table = F.pad(model.prefix_table.float(), (0, 0, 0, 1))
-            everywhere = torch.arange(config.max_length + 1, device=self.prefix_table.device)
-            cosines, sines = rotary_angles(everywhere, config.d_model // config.n_heads).chunk(2, dim=-1)
-            # (2, positions, 1, A): what multiplies a row, and what multiplies it with its halves exchanged.
-            self.rotary = torch.stack([torch.cat([cosines, cosines], -1), torch.cat([-sines, sines], -1)])[:, :, None]
+            self._prefix_table = F.pad(model.prefix_table.float(), (0, 0, 0, 1))
+            everywhere = torch.arange(config.max_length + 1, device=cache.prefix.device)
+            cosines, sines = rotary_angles(everywhere, config.d_model // config.n_heads)[:, None].chunk(2, dim=-1)
+            self._cosines, self._sines = torch.cat([cosines, cosines], -1), torch.cat([-sines, sines], -1)
 
     @torch.inference_mode()
     def step(self, work: Sequence[Work]) -> Tensor:
@@ -48,32 +49,37 @@ class Decoder:
 
         `work` is sorted by slot, one for each.
         """
-        model, cache = self.model, self.cache
-        rows = Rows(work, cache, static_shapes=self.static_shapes)
-        x_MD = model.embedding(rows["content_tokens"])
-        g_MD = model.normalised_query(_joined([self._aggregate(run, rows) for run in rows.runs])).to(x_MD.dtype)
-        rotary = self.rotary[:, torch.cat([rows["content_positions"], rows["query_positions"]])]
-        n_content = len(x_MD)
-        both_MD = torch.cat([x_MD, g_MD])
-        for layer, storage in zip(model.two_stream_layers, cache.content, strict=True):
-            normed_MD = layer.attention_norm(both_MD)
-            self._append(storage, rows["content_places"], layer.attention.key_value(normed_MD[:n_content]), rotary)
-            if layer is model.two_stream_layers[-1]:  # above it nobody reads X
-                both_MD, normed_MD, rotary = both_MD[n_content:], normed_MD[n_content:], rotary[:, n_content:]
-                n_content = 0
-            q_MHA = self._queries(layer, normed_MD, rotary)
-            # Runs without content rows of their own are those that begin with nothing.
-            written = [run for run in rows.runs if n_content and run.content_seen.n_keys]
-            heads = [_attend(q_MHA[run.content], storage[run.slots, 1:], run.content_seen) for run in written]
-            heads += [_attend(q_MHA[n_content:][run.query], storage[run.slots], run.strict_seen) for run in rows.runs]
-            both_MD = layer.finish(both_MD, layer.attention.out(_joined(heads)))
-        g_MD = both_MD
-        for layer, storage in zip(model.causal_layers, cache.query, strict=True):
-            normed_MD = layer.attention_norm(g_MD)
-            self._append(storage, rows["query_places"], layer.attention.key_value(normed_MD), rotary)
-            q_MHA = self._queries(layer, normed_MD, rotary)
-            heads = [_attend(q_MHA[run.query], storage[run.slots], run.query_seen) for run in rows.runs]
-            g_MD = layer.finish(g_MD, layer.attention.out(_joined(heads)))
+        model = self.model
+        rows = Rows(work, self.cache, static_shapes=self.static_shapes)
+        x_MD = model.embedding(rows["tokens"])
+        g_MD = model.normalised_query(torch.cat([self._aggregate(run, rows) for run in rows.runs]))
+        both_MD = x_MD.new_empty(len(rows["positions"]), x_MD.shape[1])
+        both_MD[rows["content_rows"]] = x_MD
+        both_MD[rows["query_rows"]] = g_MD.to(x_MD.dtype)
+
+        content_rows, query_rows, places_M = rows["content_rows"], rows["query_rows"], rows["content_places"]
+        content_positions = rows["positions"][content_rows]
+        rotary = self._rotary(rows["positions"], content_positions)
+        both = [(run.slots, run.both, run.both_seen) for run in rows.runs]
+        *below, last = self._two_stream_layers
+        for layer in below:
+            normed_MD = layer.normed(both_MD)
+            q_MHA = layer.project(normed_MD, normed_MD[content_rows], rotary, places_M)
+            both_MD = layer.finish(both_MD, layer.attend(q_MHA, both))
+
+        # Above the last one nobody reads X: content rows bring keys and values alone.
+        rotary = self._rotary(rows["query_positions"], content_positions)
+        strict = [(run.slots, run.query, run.strict_seen) for run in rows.runs]
+        normed_MD = last.normed(both_MD)
+        q_MHA = last.project(normed_MD[query_rows], normed_MD[content_rows], rotary, places_M)
+        g_MD = last.finish(both_MD[query_rows], last.attend(q_MHA, strict))
+
+        rotary = self._rotary(rows["query_positions"], rows["query_positions"])
+        query = [(run.slots, run.query, run.query_seen) for run in rows.runs]
+        for layer in self._causal_layers:
+            normed_MD = layer.normed(g_MD)
+            q_MHA = layer.project(normed_MD, normed_MD, rotary, rows["query_places"])
+            g_MD = layer.finish(g_MD, layer.attend(q_MHA, query))
         return model.head(model.final_norm(g_MD[rows["wanted"]]))[: rows.n_wanted]
 
     def _aggregate(self, run: Run, rows: Rows) -> Tensor:
@@ -82,44 +88,20 @@ class Decoder:
         n_texts = len(state_BED)
         embedding = self.model.embedding.weight
         if run.folded.start < run.folded.stop:
-            p_BFE = self.prefix_table[rows["folded_positions"][run.folded]].unflatten(0, (n_texts, -1))
+            p_BFE = self._prefix_table[rows["folded_positions"][run.folded]].unflatten(0, (n_texts, -1))
             x_BFD = F.embedding(rows["folded_tokens"][run.folded], embedding).float().unflatten(0, (n_texts, -1))
             state_BED.baddbmm_(p_BFE.mT, x_BFD)
-        p_BRE = self.prefix_table[rows["query_positions"][run.query]].unflatten(0, (n_texts, -1))
+        p_BRE = self._prefix_table[rows["query_positions"][run.query]].unflatten(0, (n_texts, -1))
         g_BRD = p_BRE @ state_BED
         if run.pending.start < run.pending.stop:  # they are at the ranks of the first query rows
             x_BPD = F.embedding(rows["pending_tokens"][run.pending], embedding).float().unflatten(0, (n_texts, -1))
-            ranks_BR, starts_BR = (rows[name][run.query].view(n_texts, -1) for name in ("query_ranks", "starts"))
-            pending_P = torch.arange(x_BPD.shape[1], device=ranks_BR.device)
-            seen_BRP = pending_P < (starts_BR - ranks_BR[:, :1])[..., None]
+            starts_BR = rows["content_ends"][run.both].view(n_texts, -1)[:, -p_BRE.shape[1] :]
+            first_B1 = rows["query_ranks"][run.query].view(n_texts, -1)[:, :1]
+            pending_P = torch.arange(x_BPD.shape[1], device=x_BPD.device)
+            seen_BRP = pending_P < (starts_BR - first_B1)[..., None]
             g_BRD = g_BRD + (p_BRE @ p_BRE[:, : len(pending_P)].mT * seen_BRP) @ x_BPD
         return g_BRD.flatten(0, 1)
 
-    def _queries(self, layer: Layer, normed_MD: Tensor, rotary: Tensor) -> Tensor:
-        """(M, H, A): rotated queries."""
-        return _rotated(layer.attention.query(normed_MD).unflatten(1, (self.model.config.n_heads, -1)), rotary)
-
-    def _append(self, storage: Tensor, places_M: Tensor, kv_MD: Tensor, rotary: Tensor) -> None:
-        """Write keys, which are rotated, and values (M, 2 D) at their places in a layer's storage."""
-        kv_M2HA = kv_MD.view(-1, *storage.shape[2:])
-        kv_M2HA[:, 0] = _rotated(kv_M2HA[:, 0], rotary[:, : len(kv_MD)])
-        storage.flatten(0, 1).index_copy_(0, places_M, kv_M2HA)
-
-
-def _rotated(x_MHA: Tensor, rotary: Tensor) -> Tensor:
-    """Rotary embedding of rows, by `rotary` (2, M, 1, A); what attention.rotate does, in fewer operations."""
-    cosines, sines = rotary
-    x = x_MHA.float()
-    return torch.addcmul(x * cosines, x.roll(x.shape[-1] // 2, -1), sines).to(x_MHA.dtype)
-
-
-def _attend(q_MHA: Tensor, storage: Tensor, seen: Seen) -> Tensor:
-    """(M, D): attention of a run's rows over the keys and values (B, ranks, 2, H, A) of their own texts."""
-    k_BHKA, v_BHKA = storage[:, : seen.n_keys].permute(2, 0, 3, 1, 4)
-    q_BHRA = q_MHA.view(len(storage), -1, *q_MHA.shape[1:]).transpose(1, 2)
-    heads = F.scaled_dot_product_attention(q_BHRA, k_BHKA, v_BHKA, attn_mask=seen.mask)
-    return heads.transpose(1, 2).reshape(len(q_MHA), -1)
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    def _rotary(self, query_positions_M: Tensor, key_positions_M: Tensor) -> tuple[Tensor, Tensor]:
+        positions_M = torch.cat([query_positions_M, key_positions_M])
+        return self._cosines[positions_M], self._sines[positions_M]

@@ -72,30 +72,35 @@ class Run(NamedTuple):
     """Neighbouring slots with equal numbers of rows; slices are of the rows of all runs."""
 
     slots: slice
-    content: slice
+    both: slice
+    """Content and query rows."""
     query: slice
     folded: slice
     pending: slice
-    content_seen: Seen
-    """By content rows; without the null key."""
+    both_seen: Seen
+    """Of the content, the null key in front, which only query rows see."""
     strict_seen: Seen
-    """By query rows of the content; the null key in front."""
+    """The same by query rows alone."""
     query_seen: Seen
-    """By query rows of the query rows."""
+    """Of the query rows, by query rows."""
 
 
 class Rows:
     """The rows of one step: its runs, and by name the integers of all rows, on the device.
 
-    | integers                                                             | of each          |
-    | -------------------------------------------------------------------- | ---------------- |
-    | content_tokens, content_positions, content_places, content_ends      | content row      |
-    | query_positions, query_places, query_ranks, starts, ends             | query row        |
-    | folded_tokens, folded_positions                                      | folded rank      |
-    | pending_tokens                                                       | pending rank     |
-    | wanted                                                               | row for logits   |
+    Rows of both streams go text by text, content before query rows.
 
-    Places are in the storage of one layer with its slots joined.
+    | integers                                                   | of each     |
+    | ---------------------------------------------------------- | ----------- |
+    | positions, content_ends: ranks of content that it sees     | row         |
+    | tokens, content_rows: place among all rows, content_places | content row |
+    | query_rows, query_positions, query_ranks, query_places     | query row   |
+    | query_ends: ranks of query rows that it sees               | query row   |
+    | folded_tokens, folded_positions                            | folded rank |
+    | pending_tokens                                             | pending rank |
+    | wanted                                                     | query row for logits |
+
+    `content_places` and `query_places` are in the storage of one layer with its slots joined.
 
     Args:
         work: what the texts bring, by slot.
@@ -108,16 +113,15 @@ class Rows:
         self._static = static_shapes
         self._lists: defaultdict[str, list[int]] = defaultdict(list)
         first_query: dict[int, int] = {}
-        cut: list[tuple[slice, ...]] = []
+        cut: list[tuple[Shape, list[slice]]] = []
         for shape, members in _static_runs(work, cache.n_slots) if static_shapes else _runs(work):
             before = self._counts()
             for one in members:
-                first_query.setdefault(one.slot, 0)
-                if one.positions:
-                    first_query[one.slot] = len(self._lists["query_positions"])
+                if one.positions:  # with static shapes a slot may bring padding to other runs
+                    first_query[one.slot] = len(self._lists["query_rows"])
                 self._add(one, shape)
-            rows = (slice(start, end) for start, end in zip(before, self._counts(), strict=True))
-            cut.append((slice(members[0].slot, members[-1].slot + 1), *rows))
+            slots = slice(members[0].slot, members[-1].slot + 1)
+            cut.append((shape, [slots, *map(slice, before, self._counts())]))
         for one in work:
             last = first_query[one.slot] + len(one.starts)
             self._lists["wanted"] += range(last - one.n_logits, last)
@@ -125,39 +129,41 @@ class Rows:
         if static_shapes:
             self._lists["wanted"] += [0] * (_size(self.n_wanted) - self.n_wanted)
         integers = torch.tensor([*chain(*self._lists.values())], device=cache.prefix.device)
-        self._columns = dict(
-            zip(self._lists, integers.split([len(values) for values in self._lists.values()]), strict=True)
-        )
-        self.runs = [self._run(*slices) for slices in cut]
+        sizes = [len(values) for values in self._lists.values()]
+        self._columns = dict(zip(self._lists, integers.split(sizes), strict=True))
+        self.runs = [self._run(shape, *slices) for shape, slices in cut]
 
     def __getitem__(self, column: str) -> Tensor:
         return self._columns[column]
 
-    def _counts(self) -> tuple[int, ...]:
-        return tuple(
-            len(self._lists[name]) for name in ("content_tokens", "query_positions", "folded_tokens", "pending_tokens")
-        )
+    def _counts(self) -> list[int]:
+        return [len(self._lists[name]) for name in ("positions", "query_rows", "folded_tokens", "pending_tokens")]
 
     def _add(self, one: Work, shape: Shape) -> None:
         """Append the rows of one text, padded to the shape of its run."""
         cached, queried = one.cached - one.folded, one.queried - one.folded  # as indices of its tokens and positions
-        content_ranks = range(one.cached, one.folded + len(one.tokens))
+        nowhere = self._cache.max_length  # the position and the rank of the padding
+        content = one.slot * self._cache.content.shape[3] + 1
+        query = one.slot * self._cache.query.shape[3]
+        content_ranks = range(content + one.cached, content + one.folded + len(one.tokens))
         query_ranks = range(one.queried, one.folded + len(one.positions))
-        nowhere = self._cache.max_length
-        content, query = one.slot * self._cache.content.shape[2] + 1, one.slot * self._cache.query.shape[2]
-        add = self._pad
-        add("content_tokens", one.tokens[cached:], shape.content, 0)
-        add("content_positions", one.positions[cached : len(one.tokens)], shape.content, nowhere)
-        add("content_places", [content + rank for rank in content_ranks], shape.content, content + nowhere)
-        add("content_ends", one.content_ends, shape.content, 1)
-        add("query_positions", one.positions[queried:], shape.query, nowhere)
-        add("query_places", [query + rank for rank in query_ranks], shape.query, query + nowhere)
-        add("query_ranks", query_ranks, shape.query, 0)
-        add("starts", one.starts, shape.query, 0)
-        add("ends", one.ends, shape.query, 1)
-        add("folded_tokens", one.tokens[:queried], shape.folded, 0)
-        add("folded_positions", one.positions[:queried], shape.folded, nowhere)
-        add("pending_tokens", one.tokens[queried:], shape.pending, 0)
+        row = len(self._lists["positions"])
+        pad = self._pad
+        pad("positions", one.positions[cached : len(one.tokens)], shape.content, nowhere)
+        pad("positions", one.positions[queried:], shape.query, nowhere)
+        pad("content_ends", one.content_ends, shape.content, 1)
+        pad("content_ends", one.starts, shape.query, 0)
+        pad("tokens", one.tokens[cached:], shape.content, 0)
+        pad("content_rows", range(row, row + shape.content), shape.content, 0)
+        pad("content_places", content_ranks, shape.content, content + nowhere)
+        pad("query_rows", range(row + shape.content, row + shape.content + shape.query), shape.query, 0)
+        pad("query_positions", one.positions[queried:], shape.query, nowhere)
+        pad("query_ranks", query_ranks, shape.query, 0)
+        pad("query_places", [query + rank for rank in query_ranks], shape.query, query + nowhere)
+        pad("query_ends", one.ends, shape.query, 1)
+        pad("folded_tokens", one.tokens[:queried], shape.folded, 0)
+        pad("folded_positions", one.positions[:queried], shape.folded, nowhere)
+        pad("pending_tokens", one.tokens[queried:], shape.pending, 0)
 
     def _pad(self, name: str, values: Sequence[int], length: int, padding: int) -> None:
         column = self._lists[name]
@@ -165,38 +171,44 @@ class Rows:
         if len(values) < length:
             column += [padding] * (length - len(values))
 
-    def _run(self, slots: slice, content: slice, query: slice, folded: slice, pending: slice) -> Run:
+    def _run(self, shape: Shape, slots: slice, both: slice, query: slice, folded: slice, pending: slice) -> Run:
         """A run, with what its rows see."""
-        n_texts = slots.stop - slots.start
-        return Run(
-            slots=slots,
-            content=content,
-            query=query,
-            folded=folded,
-            pending=pending,
-            content_seen=self._seen(n_texts, content, "content_ends"),
-            strict_seen=self._seen(n_texts, query, "starts", n_before=1),
-            query_seen=self._seen(n_texts, query, "ends", own="query_ranks"),
-        )
+        both_seen = self._content_seen(shape, slots, both)
+        strict_seen = both_seen
+        if both_seen.mask is not None:
+            strict_seen = Seen(both_seen.n_keys, both_seen.mask[:, :, shape.content :])
+        return Run(slots, both, query, folded, pending, both_seen, strict_seen, self._query_seen(slots, query))
 
-    def _seen(self, n_texts: int, rows: slice, ends: str, *, n_before: int = 0, own: str | None = None) -> Seen:
-        """Rows see `n_before` keys and those of the first ranks, up to `ends`, and where it is given their `own`."""
-        if rows.start == rows.stop:
-            return Seen(0, None)
-        shown = self._lists[ends][rows]
-        n_keys = n_before + max(shown)
-        if own is not None:
-            n_keys = max(n_keys, 1 + max(self._lists[own][rows]))
-        if self._static:
-            n_keys = min(-(-n_keys // _KEYS_STEP) * _KEYS_STEP, self._cache.max_length + 1)
-        elif n_before + min(shown) == n_keys:
+    def _content_seen(self, shape: Shape, slots: slice, both: slice) -> Seen:
+        """Of the content: the first ranks, and the null key by query rows."""
+        shown = self._lists["content_ends"][both]
+        n_keys = self._n_keys(1 + max(shown))
+        if not shape.content and not self._static and min(shown) == max(shown):
             return Seen(n_keys, None)
         keys_K = torch.arange(n_keys, device=self._cache.prefix.device)
-        hidden = keys_K >= n_before + self[ends][rows].view(n_texts, 1, -1, 1)
-        if own is not None:
-            hidden &= keys_K != self[own][rows].view(n_texts, 1, -1, 1)
+        mask = self._mask(keys_K > self["content_ends"][both].view(slots.stop - slots.start, 1, -1, 1))
+        mask[:, :, : shape.content, 0] = -torch.inf
+        return Seen(n_keys, mask)
+
+    def _query_seen(self, slots: slice, query: slice) -> Seen:
+        """Of the query rows: the first ranks, and the row's own."""
+        shown = self._lists["query_ends"][query]
+        n_keys = self._n_keys(max(*shown, 1 + max(self._lists["query_ranks"][query])))
+        if not self._static and min(shown) == n_keys:
+            return Seen(n_keys, None)
+        n_texts = slots.stop - slots.start
+        keys_K = torch.arange(n_keys, device=self._cache.prefix.device)
+        ends, own = (self[name][query].view(n_texts, 1, -1, 1) for name in ("query_ends", "query_ranks"))
+        return Seen(n_keys, self._mask((keys_K >= ends) & (keys_K != own)))
+
+    def _n_keys(self, n_keys: int) -> int:
+        if not self._static:
+            return n_keys
+        return min(-(-n_keys // _KEYS_STEP) * _KEYS_STEP, self._cache.max_length + 1)
+
+    def _mask(self, hidden: Tensor) -> Tensor:
         mask = torch.zeros(hidden.shape, dtype=self._cache.content.dtype, device=hidden.device)
-        return Seen(n_keys, mask.masked_fill_(hidden, -torch.inf))
+        return mask.masked_fill_(hidden, -torch.inf)
 
 
 def _runs(work: Sequence[Work]) -> Iterator[tuple[Shape, list[Work]]]:
