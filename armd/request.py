@@ -241,9 +241,8 @@ class Request:
     def _take_sure(self, choice: Choice) -> list[Written]:
         """Fill the candidates of which the model is sure, at least the one it is surest of; the others stay open."""
         n_before = len(self.tokens)
-        surest = max(choice.sureness)
-        enough = min(self.params.threshold, surest)
-        rows = [row for row, sureness in enumerate(choice.sureness) if sureness >= enough]
+        rows = [row for row, sureness in enumerate(choice.sureness) if sureness >= self.params.threshold]
+        rows = rows or [choice.sureness.index(max(choice.sureness))]
         written = [self._write(self._candidates[row], choice, row) for row in rows]
         filled = {self._candidates[row] for row in rows}
         self.blocks = deque(block for block in self.blocks if block[0] not in filled)
