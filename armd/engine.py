@@ -154,14 +154,14 @@ class Engine:
     def _enter(self, request: Request, free: list[int]) -> None:
         """Give `request` the slot that holds its beginning already, else the first one that is free."""
         slot = free[0]
-        if len(request.known) >= _WORTH_SHARING:
-            shared = [_in_common(request.known, held.known) for held in self._held]
-            source = max(range(len(shared)), key=shared.__getitem__)
+        shared = [_in_common(request.known, held.known) for held in self._held]
+        source = max(range(len(shared)), key=lambda slot: (shared[slot], slot in free))
+        if shared[source] >= _WORTH_SHARING:
             leader = self._held[source].request
-            if shared[source] >= _WORTH_SHARING and leader is None:
+            if leader is None:
                 slot = source
                 request.skip(shared[source])
-            elif shared[source] >= _WORTH_SHARING and leader is not None:
+            else:
                 self._followers[request.request_id] = leader, shared[source]
         request.slot = slot
         self._held[slot] = _Held(request.known, request)

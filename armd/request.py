@@ -164,6 +164,7 @@ class Request:
     def take(self, choice: Choice) -> Event:
         """Write what the step chose; the event holds the completion when nothing is left to fill."""
         self._steps += 1
+        end_before = self._end
         if self.params.mode == "exact":
             written = self._take_exact(choice)
         elif self.params.threshold > 0:
@@ -171,9 +172,10 @@ class Request:
         else:
             self.blocks.popleft()
             written = [self._write(at, choice, row) for row, at in enumerate(self._candidates)]
-        if self._end is not None:  # what stands behind the end will not be read
+        if self._end is not None and self._end != end_before:  # what stands behind the end will not be read
             left = ([position for position in block if position < self._end] for block in self.blocks)
             self.blocks = deque(block for block in left if block)
+            self._drafts, self._draft_probabilities = [], None
         return Event(self.request_id, written, None if self.blocks else self.completion(), self._drafts)
 
     def completion(self) -> Completion:
@@ -230,10 +232,9 @@ class Request:
         else:
             if self._candidates:
                 written.append(self._write(self.blocks.popleft()[0], choice, n_drafts))
-            if self._end == end_before:
-                others = enumerate(self._candidates[1:], start=n_drafts + 1)
-                self._drafts = [self._told(position, choice, row) for row, position in others]
-                self._draft_probabilities = choice.probabilities[n_drafts + 1 :]
+            others = enumerate(self._candidates[1:], start=n_drafts + 1)
+            self._drafts = [self._told(position, choice, row) for row, position in others]
+            self._draft_probabilities = choice.probabilities[n_drafts + 1 :]
         self._accepted = len(self._written) - self._rejected
         self.cached, self.queried = n_before + n_kept, len(self.tokens)
         return written

@@ -100,12 +100,9 @@ def draw(weights_MV: Tensor, uniform_M: Tensor) -> Tensor:
     Weights need not sum to 1; a token of weight 0 is never drawn.
     """
     cumulative_MV = weights_MV.cumsum(dim=1)
-    total_M1 = cumulative_MV[:, -1:]
-    # Rounding may lift the product to the total itself, where no token is left.
-    below_M1 = torch.nextafter(total_M1, torch.zeros_like(total_M1))
-    targets_M1 = torch.minimum(uniform_M[:, None] * total_M1, below_M1)
-    # `right=True` never lands on a token of weight 0, whose cumulative value equals its predecessor's.
-    return torch.searchsorted(cumulative_MV, targets_M1, right=True).squeeze(1)
+    # A uniform number is at most 1 - 2^-53, and times the total rounds below it. `right=True` never lands on a token of
+    # weight 0, whose cumulative value equals its predecessor's.
+    return torch.searchsorted(cumulative_MV, uniform_M[:, None] * cumulative_MV[:, -1:], right=True).squeeze(1)
 
 
 def verify(target_MV: Tensor, draft_MV: Tensor, drafts_M: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor]:
