@@ -68,6 +68,8 @@ class Event:
     """Set once, in the request's last event."""
     drafted: list[Written] = field(default_factory=list)
     """In exact mode, what the next step will verify; it may come otherwise."""
+    rejected: int = 0
+    """Of `written`, tokens in place of a rejected draft."""
 
 
 class Request:
@@ -164,7 +166,7 @@ class Request:
     def take(self, choice: Choice) -> Event:
         """Write what the step chose; the event holds the completion when nothing is left to fill."""
         self._steps += 1
-        end_before = self._end
+        end_before, rejected_before = self._end, self._rejected
         if self.params.mode == "exact":
             written = self._take_exact(choice)
         elif self.params.threshold > 0:
@@ -176,7 +178,8 @@ class Request:
             left = ([position for position in block if position < self._end] for block in self.blocks)
             self.blocks = deque(block for block in left if block)
             self._drafts, self._draft_probabilities = [], None
-        return Event(self.request_id, written, None if self.blocks else self.completion(), self._drafts)
+        completion = None if self.blocks else self.completion()
+        return Event(self.request_id, written, completion, self._drafts, self._rejected - rejected_before)
 
     def completion(self) -> Completion:
         """The text as it stands."""
@@ -207,13 +210,14 @@ class Request:
                 candidates.append(position)
         return candidates
 
-    def _candidate_ends(self, n_content: int, n_ranks: int) -> list[int]:
-        """One past the last query row that each candidate sees, itself apart."""
+    def _candidate_ends(self, n_content: int, n_ranks: int) -> Sequence[int]:
+        """How many query rows each candidate sees; the first stands where it would as the next rank in any case."""
         n_drawn = n_ranks - n_content
         if not self.one_by_one:
             return [n_ranks] * n_drawn
-        # Any of them may be the next rank, so none sees another; the first stands where it would as the next.
-        return [n_content + (row == 0) for row in range(n_drawn)]
+        if self.params.mode == "exact":  # they are in their order, so each sees those before it, as it will
+            return range(n_content + 1, n_ranks + 1)
+        return [n_content + (row == 0) for row in range(n_drawn)]  # any of them may be the next
 
     def _take_exact(self, choice: Choice) -> list[Written]:
         """Keep drafts up to the first that is rejected; where none is, the first new draft stands as it was drawn."""

@@ -155,7 +155,7 @@ def test_stopped_texts_are_the_parallel_pass_of_their_order(sharp: ARMD, mode: s
                     end = min(end, written.index)
             assert all(draft.index < end for draft in event.drafted)
         assert end == len(one.tokens)
-    assert stopped > 4
+    assert stopped > 2  # else this tests no end
 
 
 @pytest.mark.parametrize("mode", MODES)
