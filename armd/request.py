@@ -3,9 +3,10 @@
 Three ways to fill the positions of an order, all of them here:
 
 * parallel: a block at a time, drawn and done;
-* exact (section 5.1): the next `n_streams` ranks are drafted; the step after next to them verifies all but the first,
-  which its own draft already followed exactly, and drafts on. At a rejection the accepted drafts and the replacement
-  stay, later drafts and those that built on them are dropped, and their positions are drafted again;
+* exact (section 5.1): the next `n_streams` ranks are drafted, heads too. The first of them stands at once, as it was
+  drawn from what it is to follow; the next step verifies the others and drafts on. At a rejection the accepted drafts
+  and the replacement stay, the drafts behind it are dropped, and the next `n_streams` ranks are drafted, wherever
+  blocks would have begun: they are in as many different streams all the same;
 * adaptive: of the next `n_streams` open positions those are filled of which the model is sure enough.
 
 In the last two, caches hold what the order has with one token a block: content rows see the ranks before them, and
@@ -197,6 +198,7 @@ class Request:
         )
 
     def _next_candidates(self) -> list[int]:
+        """Positions to draw, behind those of the drafts."""
         n_streams, n_drafts = self.params.n_streams, len(self._drafts)
         if not self.one_by_one:
             return self.blocks[0]
@@ -265,5 +267,6 @@ class Request:
         return one
 
     def _told(self, position: int, choice: Choice, row: int) -> Written:
+        """What the step chose for `row`, at `position`."""
         top = choice.tops[row] if choice.tops else ()
         return Written(self._index[position], choice.tokens[row], choice.logprobs[row], top)

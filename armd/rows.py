@@ -90,15 +90,15 @@ class Rows:
 
     Rows of both streams go text by text, content before query rows.
 
-    | integers                                                   | of each     |
-    | ---------------------------------------------------------- | ----------- |
-    | positions, content_ends: ranks of content that it sees     | row         |
-    | tokens, content_rows: place among all rows, content_places | content row |
-    | query_rows, query_positions, query_ranks, query_places     | query row   |
-    | query_ends: ranks of query rows that it sees               | query row   |
-    | folded_tokens, folded_positions                            | folded rank |
-    | pending_tokens                                             | pending rank |
-    | wanted                                                     | query row for logits |
+    | of each              | integers                                                              |
+    | -------------------- | --------------------------------------------------------------------- |
+    | row                  | positions, content_ends (ranks of content that it sees)               |
+    | content row          | tokens, content_rows (place among all rows), content_places           |
+    | query row            | query_rows (place among all rows), query_positions, query_ranks,      |
+    |                      | query_places, query_ends (ranks of query rows that it sees)           |
+    | folded rank          | folded_tokens, folded_positions                                       |
+    | pending rank         | pending_tokens                                                        |
+    | query row for logits | wanted (place among query rows)                                       |
 
     `content_places` and `query_places` are in the storage of one layer with its slots joined.
 
