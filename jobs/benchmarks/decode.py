@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from armd import ARCHITECTURES, ARMD, Completion, ModelConfig, SamplingParams, generate
+from armd import ARCHITECTURES, ARMD, Completion, Engine, ModelConfig, SamplingParams
 from armd.order import stream_blocks
 from armd.randomness import seeded
 from jobs import model, options
@@ -71,8 +71,9 @@ def main(arguments: Sequence[str]) -> None:
         exact[f"exact, S={n_streams}"] = (1, replace(params, mode="exact"))
     written: dict[str, Completion] = {}
     contestants: dict[str, Callable[[], object]] = {}
+    engine = Engine(network, max_slots=max(batch for batch, _ in parallel.values()))
     for name, (batch, params) in [*parallel.items(), *exact.items()]:
-        contestants[name] = _decode(network, batch, params, name, written)
+        contestants[name] = _decode(engine, batch, params, name, written)
     for name, (batch, params) in parallel.items():
         products = step_products(config, batch, n_tokens, params.n_streams)
         contestants[f"{name}, products"] = products_runner(products, device, dtype)
@@ -115,12 +116,15 @@ def step_products(config: ModelConfig, batch: int, n_tokens: int, n_streams: int
 
 
 def _decode(
-    network: ARMD, batch: int, params: SamplingParams, name: str, written: dict[str, Completion]
+    engine: Engine, batch: int, params: SamplingParams, name: str, written: dict[str, Completion]
 ) -> Callable[[], object]:
-    """A contestant that leaves the first of its texts, which are the same in every round, in `written`."""
+    """A contestant that leaves one of its texts, which are the same in every round, in `written`."""
 
     def run() -> None:
-        written[name] = generate(network, [[]] * batch, params)[0]
+        for _ in range(batch):
+            engine.submit([], params)
+        while not engine.idle:
+            written.update({name: event.completion for event in engine.step() if event.completion is not None})
 
     return run
 
