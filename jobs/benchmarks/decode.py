@@ -124,7 +124,9 @@ def _decode(
         for _ in range(batch):
             engine.submit([], params)
         while not engine.idle:
-            written.update({name: event.completion for event in engine.step() if event.completion is not None})
+            for event in engine.step():
+                if event.completion is not None:
+                    written[name] = event.completion
 
     return run
 
