@@ -90,13 +90,21 @@ class Engine:
             )
         return self.submit_template([*prompt, *([None] * params.max_tokens)], params)
 
-    def submit_template(self, template: Sequence[int | None], params: SamplingParams) -> int:
+    def submit_template(
+        self,
+        template: Sequence[int | None],
+        params: SamplingParams,
+        blocks: Sequence[Sequence[int]] | None = None,
+    ) -> int:
         """Queue an infilling: token ids, None for each hole. All holes are filled; `params.max_tokens` plays no part.
 
-        The known tokens come first in the order, then the holes, from left to right cut into `params.n_streams`.
+        The known tokens come first in the order, then the holes: in the order of `blocks`, lists of their positions;
+        by default from left to right, cut into `params.n_streams`. Exact and adaptive requests take positions in that
+        order, `params.n_streams` at a time.
 
         Raises:
-            ValueError: a token is not in the vocabulary, or the template is longer than the model's length.
+            ValueError: a token is not in the vocabulary, the template is longer than the model's length, or `blocks`
+                are not the holes.
         """
         vocab_size, max_length = self.model.config.vocab_size, self.model.config.max_length
         for kind, tokens in (("token", template), ("stop token", params.stop_ids), ("biased token", params.logit_bias)):
@@ -107,7 +115,11 @@ class Engine:
             raise ValueError(f"min_tokens ({params.min_tokens}) leaves nothing to draw: every token is a stop token")
         if len(template) > max_length:
             raise ValueError(f"{len(template)} tokens are more than the context of {max_length} tokens")
-        request = Request(self._next_id, template, params)
+        if blocks is not None:
+            holes = [position for position, token in enumerate(template) if token is None]
+            if sorted(position for block in blocks for position in block) != holes or not all(blocks):
+                raise ValueError(f"blocks must hold every hole of the template once, none of them empty, not {blocks}")
+        request = Request(self._next_id, template, params, blocks)
         self._next_id += 1
         self._waiting.append(request)
         return request.request_id
@@ -223,10 +235,15 @@ def generate(
     return _finish(engine, ids)
 
 
-def infill(model: ARMD, template: Sequence[int | None], params: SamplingParams) -> Completion:
-    """Fill the holes (None) of a template; the completion holds the filled tokens in text order."""
+def infill(
+    model: ARMD,
+    template: Sequence[int | None],
+    params: SamplingParams,
+    blocks: Sequence[Sequence[int]] | None = None,
+) -> Completion:
+    """Fill the holes (None) of a template, see `Engine.submit_template`; the filled tokens come in text order."""
     engine = Engine(model, max_slots=1)
-    return _finish(engine, [engine.submit_template(template, params)])[0]
+    return _finish(engine, [engine.submit_template(template, params, blocks)])[0]
 
 
 def _finish(engine: Engine, ids: Sequence[int]) -> list[Completion]:

@@ -76,10 +76,17 @@ class Event:
 class Request:
     """The state of one request; the engine owns its slot and its turn, the decoder its tensors.
 
-    `template` holds token ids, None for a hole. Known tokens come first in the order, left to right and one a block.
+    `template` holds token ids, None for a hole. Known tokens come first in the order, left to right and one a block;
+    `blocks` are the positions of the holes in theirs, None: strided.
     """
 
-    def __init__(self, request_id: int, template: Sequence[int | None], params: SamplingParams) -> None:
+    def __init__(
+        self,
+        request_id: int,
+        template: Sequence[int | None],
+        params: SamplingParams,
+        blocks: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         holes = [position for position, token in enumerate(template) if token is None]
         self.request_id = request_id
         self.params = params
@@ -89,7 +96,8 @@ class Request:
         self.positions = [position for position, _ in self.known]
         """By rank, of the tokens that stand."""
         self.tokens = [token for _, token in self.known]
-        self.blocks = deque(stream_blocks(holes, params.n_streams))
+        blocks = stream_blocks(holes, params.n_streams) if blocks is None else blocks
+        self.blocks = deque(list(block) for block in blocks)
         """Positions to fill, by block; outside parallel mode one a block."""
         self.one_by_one = params.mode == "exact" or params.threshold > 0
         if self.one_by_one:

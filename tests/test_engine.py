@@ -78,10 +78,14 @@ def parallel_logprobs(
 
 
 def assert_cached_is_parallel(
-    model: ARMD, template: Sequence[int | None], params: SamplingParams, **options: Any
+    model: ARMD,
+    template: Sequence[int | None],
+    params: SamplingParams,
+    blocks: Sequence[Sequence[int]] | None = None,
+    **options: Any,
 ) -> Completion:
     engine = Engine(model, max_slots=2, **options)
-    events = events_of(engine, engine.submit_template(template, params))
+    events = events_of(engine, engine.submit_template(template, params, blocks))
     cached = torch.tensor([one.logprob for event in events for one in event.written])
     torch.testing.assert_close(cached, parallel_logprobs(model, template, params, events), rtol=1e-4, atol=1e-5)
     completion = events[-1].completion
@@ -135,6 +139,19 @@ def test_infilling_is_the_parallel_pass_of_its_order(sharp: ARMD, mode: str) -> 
     if mode == "parallel":  # holes 1, 2, 3, 6, 7 in streams (1, 2, 3) and (6, 7)
         one = infill(sharp, template, params)
         assert one.step_of_token == [1, 3, 4, 2, 3]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_given_order_is_the_parallel_pass_of_it(sharp: ARMD, mode: str) -> None:
+    params = SamplingParams(n_streams=3, seed=1, **MODES[mode])
+    template = [3, None, None, None, 5, None, None]
+    blocks = [[6, 2], [5], [1, 3]]
+    assert_cached_is_parallel(sharp, template, params, blocks)
+    if mode == "parallel":
+        assert infill(sharp, template, params, blocks).step_of_token == [3, 1, 3, 2, 1]
+    for wrong in ([[6, 2], [5], [1]], [[6, 2], [5], [1, 3, 3]], [[6, 2], [], [5, 1, 3]], [[0, 6, 2, 5, 1, 3]]):
+        with pytest.raises(ValueError, match="blocks must hold every hole"):
+            infill(sharp, template, params, wrong)
 
 
 @pytest.mark.parametrize("mode", MODES)
