@@ -18,6 +18,11 @@ from jobs.benchmarks.measure import Product, finish, forward_products, interleav
 
 COMMAND = "armd bench decode"
 
+# By contestant: how many requests of which kind; a text that it wrote; minimum, median and maximum of its seconds.
+_Requests = dict[str, tuple[int, SamplingParams]]
+_Written = dict[str, Completion]
+_Seconds = dict[str, dict[str, float]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeBenchOptions:
@@ -59,17 +64,17 @@ def main(arguments: Sequence[str]) -> None:
     network = network.to(device, dtype).eval()
     config = network.config
     n_tokens = min(chosen.tokens, config.max_length)
-    parallel = {
+    parallel: _Requests = {
         f"batch {batch}, S={n_streams}": (batch, SamplingParams(max_tokens=n_tokens, n_streams=n_streams))
         for batch in chosen.batches
         for n_streams in chosen.streams
     }
-    exact = {}
+    exact: _Requests = {}
     for n_streams in chosen.exact_streams:
         params = SamplingParams(max_tokens=n_tokens, n_streams=n_streams)
         parallel.setdefault(f"batch 1, S={n_streams}", (1, params))
         exact[f"exact, S={n_streams}"] = (1, replace(params, mode="exact"))
-    written: dict[str, Completion] = {}
+    written: _Written = {}
     contestants: dict[str, Callable[[], object]] = {}
     engine = Engine(network, max_slots=max(batch for batch, _ in parallel.values()))
     for name, (batch, params) in [*parallel.items(), *exact.items()]:
@@ -80,11 +85,19 @@ def main(arguments: Sequence[str]) -> None:
     seconds = {name: spread(each) for name, each in interleaved(contestants, chosen.rounds, device).items()}
 
     print(f"{sum(p.numel() for p in network.parameters()):,} parameters, {n_tokens} tokens, {chosen.dtype}")
+    result = _parallel_table(parallel, written, seconds) | _exact_table(exact, written, seconds)
+    finish(
+        {"bench": "decode", **chosen.__dict__, "tokens": n_tokens, "n": chosen.rounds, "contestants": result}, device
+    )
+
+
+def _parallel_table(parallel: _Requests, written: _Written, seconds: _Seconds) -> dict[str, dict[str, Any]]:
+    """Print and return the figures of parallel mode, beside the first number of streams and the bare products."""
     result: dict[str, dict[str, Any]] = {}
     first: dict[int, float] = {}
     print(f"{'':18}{'tokens/s':>10}{'to first':>9}{'ms a step':>11}{'products':>10}{'ratio':>7}")
-    for name, (batch, _) in parallel.items():
-        one = result[name] = _measured(seconds[name], batch * n_tokens, written[name].steps)
+    for name, (batch, params) in parallel.items():
+        one = result[name] = _measured(seconds[name], batch * params.max_tokens, written[name].steps)
         one["speed_up"] = one["tokens_per_second"] / first.setdefault(batch, one["tokens_per_second"])
         one["product_seconds"] = seconds[f"{name}, products"]["median"] / one["steps"]
         one["to_products"] = one["step_seconds"] / one["product_seconds"]
@@ -92,18 +105,22 @@ def main(arguments: Sequence[str]) -> None:
             f"{name:18}{one['tokens_per_second']:10,.0f}{one['speed_up']:9.2f}{one['step_seconds'] * 1e3:11.2f}"
             f"{one['product_seconds'] * 1e3:10.2f}{one['to_products']:7.2f}"
         )
+    return result
+
+
+def _exact_table(exact: _Requests, written: _Written, seconds: _Seconds) -> dict[str, dict[str, Any]]:
+    """Print and return the figures of exact mode, beside the time of parallel mode."""
+    result: dict[str, dict[str, Any]] = {}
     print(f"{'':18}{'tokens/s':>10}{'steps':>9}{'ms a step':>11}{'accepted':>10}{'time to parallel':>18}")
     for name, (_, params) in exact.items():
-        one = result[name] = _measured(seconds[name], n_tokens, written[name].steps)
+        one = result[name] = _measured(seconds[name], params.max_tokens, written[name].steps)
         one["accepted"], one["rejected"] = written[name].accepted, written[name].rejected
         one["to_parallel"] = seconds[name]["median"] / seconds[f"batch 1, S={params.n_streams}"]["median"]
         print(
             f"{name:18}{one['tokens_per_second']:10,.0f}{one['steps']:9}{one['step_seconds'] * 1e3:11.2f}"
-            f"{one['accepted'] / n_tokens:10.1%}{one['to_parallel']:18.2f}"
+            f"{one['accepted'] / params.max_tokens:10.1%}{one['to_parallel']:18.2f}"
         )
-    finish(
-        {"bench": "decode", **chosen.__dict__, "tokens": n_tokens, "n": chosen.rounds, "contestants": result}, device
-    )
+    return result
 
 
 def step_products(config: ModelConfig, batch: int, n_tokens: int, n_streams: int) -> list[list[Product]]:
@@ -115,9 +132,7 @@ def step_products(config: ModelConfig, batch: int, n_tokens: int, n_streams: int
     ]
 
 
-def _decode(
-    engine: Engine, batch: int, params: SamplingParams, name: str, written: dict[str, Completion]
-) -> Callable[[], object]:
+def _decode(engine: Engine, batch: int, params: SamplingParams, name: str, written: _Written) -> Callable[[], object]:
     """A contestant that leaves one of its texts, which are the same in every round, in `written`."""
 
     def run() -> None:
