@@ -156,7 +156,10 @@ def test_a_given_order_is_the_parallel_pass_of_it(sharp: ARMD, mode: str) -> Non
 
 @pytest.mark.parametrize("mode", MODES)
 def test_stopped_texts_are_the_parallel_pass_of_their_order(sharp: ARMD, mode: str) -> None:
-    """A stop token changes what is left to write; in exact mode drafts that stand behind it are dropped."""
+    """A stop token changes what is left to write; in exact mode drafts that stand behind it are dropped.
+
+    Seen to fail when they are not: those verified in the same step, and those just drafted.
+    """
     stopped = 0
     for seed in range(8):
         params = SamplingParams(max_tokens=30, n_streams=4, seed=seed, stop_ids=(1, 2), **MODES[mode])
@@ -233,7 +236,7 @@ def test_mixed_requests_get_what_they_get_alone(sharp: ARMD, options: dict[str, 
 def test_neighbours_change_nothing(sharp: ARMD, mode: str) -> None:
     """In float32, with 1 to 32 of them.
 
-    Seen to fail when all requests draw from one generator, and when a run's texts see each other's keys.
+    Seen to fail when all requests draw from one generator, and when texts of a run see as many keys as its longest.
     """
     model = ARMD(sharp.config)
     model.load_state_dict(sharp.state_dict())

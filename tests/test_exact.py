@@ -107,7 +107,7 @@ def test_exact_mode_has_the_joint_of_its_order(model: ARMD, case: str) -> None:
     """Beyond 3.1 standard deviations with probability 0.001.
 
     Seen to fail when drafts are kept whatever their probability, when replacements are drawn from the target itself,
-    when drafts behind a rejected one stay, and when drafts that stand behind a stop token do.
+    and when drafts behind a rejected one stay.
     """
     known, options = CASES[case]
     params = SamplingParams(max_tokens=LENGTH, mode="exact", **options)
