@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from armd.autoregressive import AutoregressiveLM
     from armd.config import ARCHITECTURES, Architecture, ModelConfig
-    from armd.engine import Completion, Engine, Event, Written, generate, infill
+    from armd.engine import Engine, generate, infill
     from armd.likelihood import (
         bits_per_byte,
         importance_weighted,
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from armd.masked_diffusion import MaskedDiffusionLM
     from armd.model import ARMD
     from armd.order import Order
+    from armd.request import Completion, Event, Written
     from armd.sampling import SamplingParams
     from armd.tokenizer import Tokenizer
     from armd.weights import load, save
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "autoregressive": ("AutoregressiveLM",),
     "config": ("ARCHITECTURES", "Architecture", "ModelConfig"),
-    "engine": ("Completion", "Engine", "Event", "Written", "generate", "infill"),
+    "engine": ("Engine", "generate", "infill"),
     "likelihood": (
         "bits_per_byte",
         "importance_weighted",
@@ -42,6 +43,7 @@ _MODULES = {
     "masked_diffusion": ("MaskedDiffusionLM",),
     "model": ("ARMD",),
     "order": ("Order",),
+    "request": ("Completion", "Event", "Written"),
     "sampling": ("SamplingParams",),
     "tokenizer": ("Tokenizer",),
     "weights": ("load", "save"),

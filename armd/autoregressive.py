@@ -68,8 +68,14 @@ class AutoregressiveLM(nn.Module):
         for place in range(min(known), longest):
             hidden_BD = self._advance(x_BND, place + 1 - x_BND.shape[1], cache)
             writing = [b for b in range(len(prompts)) if known[b] <= place < ends[b]]
-            for b, row_V in zip(writing, distribution(self.head(hidden_BD[writing]), params), strict=True):
-                text_BN[b, place] = token = int(draw(row_V[None], generators[b]))
+            if not writing:  # all short texts have ended, a long prompt is still being read
+                x_BND = self.embedding(text_BN[:, place : place + 1])
+                continue
+            probabilities_MV = distribution(self.head(hidden_BD[writing]), params)
+            uniforms = [torch.rand(1, dtype=torch.float64, generator=generators[b]) for b in writing]
+            tokens_M = draw(probabilities_MV, torch.cat(uniforms).to(probabilities_MV.device))
+            text_BN[writing, place] = tokens_M
+            for b, token in zip(writing, tokens_M.tolist(), strict=True):
                 if token in params.stop_ids:
                     ends[b] = place
             if place + 1 >= max(ends):

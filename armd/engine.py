@@ -1,103 +1,74 @@
-"""Continuous batching: who decodes next. Decides on slots, admission and the end of a text; tensors are the decoder's.
+"""Continuous batching: who decodes next. Decides on slots, admission, sharing and turns; tensors are the decoder's.
 
 Requests join and leave between steps; each has its own generator, so its draws do not depend on its neighbours.
 """
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from armd.decoder import Decoder, Work
+from armd.choice import choose
+from armd.decoder import Decoder
 from armd.model import ARMD
-from armd.order import stream_blocks
-from armd.sampling import SamplingParams, distribution, draw
+from armd.request import Completion, Event, Request
+from armd.sampling import SamplingParams
 
-
-@dataclass(frozen=True)
-class Written:
-    """One token that a step chose."""
-
-    index: int
-    """Its place among the tokens to be written, in text order; 0 is the first after a prompt."""
-    token: int
-    logprob: float
-    """Natural logarithm of its probability given the blocks before its own, before temperature."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A finished text, without its prompt."""
-
-    tokens: list[int]
-    logprobs: list[float]
-    steps: int
-    """Forward passes that wrote tokens of this text."""
-    finish_reason: str
-    """`stop` at a stop token, else `length`."""
-    step_of_token: list[int]
-    """The step, counted from 1, at which each token was written."""
-    accepted: int = 0
-    """Drafts that verification kept; 0 in parallel mode, which verifies nothing."""
-    rejected: int = 0
-    """Drafts that verification replaced; 0 in parallel mode."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """What a step did for one request."""
-
-    request_id: int
-    written: list[Written]
-    completion: Completion | None = None
-    """Set once, in the request's last event."""
+_WORTH_SHARING = 16
+"""Known tokens in common from which on they are copied instead of computed."""
 
 
 @dataclass
-class _Text:
-    """A request on its way: what is known, what is chosen, what is left to fill."""
+class _Held:
+    """What a slot's cache begins with."""
 
-    request_id: int
-    params: SamplingParams
-    known: dict[int, int]
-    """position -> token, given with the request; generated first, left to right."""
-    blocks: deque[list[int]]
-    """Positions to fill, by block, in order."""
-    holes: dict[int, int] = field(init=False)
-    """position -> index among the tokens to be written."""
-    slot: int = -1
-    rank: int = 0
-    """Ranks in the cache."""
-    chosen: list[tuple[int, int]] = field(default_factory=list)
-    """(position, token) of the last block, not yet in the cache."""
-    written: dict[int, tuple[Written, int]] = field(default_factory=dict)
-    """position -> what was written there, and at which step."""
-    steps: int = 0
-    end: int | None = None
-    """Position of the first stop token, once there is one."""
-
-    def __post_init__(self) -> None:
-        self.generator = self.params.generator()
-        filled = sorted(position for block in self.blocks for position in block)
-        self.holes = {position: index for index, position in enumerate(filled)}
+    known: list[tuple[int, int]]
+    """(position, token) by rank."""
+    request: Request | None
+    """Who computes it; None once the slot is free."""
 
 
 class Engine:
     """Decodes many requests at once on one model.
 
-    Memory for `max_slots` texts is claimed here; requests beyond them wait their turn. Not thread-safe: one caller
-    submits, steps and cancels.
+    Memory for `max_slots` texts is claimed here; requests beyond them wait their turn. Requests that begin alike share
+    that beginning: it is computed once and copied, from a text that runs or from one that has left. Not thread-safe:
+    one caller submits, steps and cancels.
+
+    Args:
+        max_slots: texts that are written at once.
+        device: where to compute; the model is moved there.
+        prefill_chunk: known tokens that a step computes at most, beside what it decodes.
+        memory_bytes: what the cache may take.
+        static_shapes: pad rows to a few sizes, for a device that replays recorded steps.
+
+    Raises:
+        ValueError: the slots do not fit `memory_bytes`.
     """
 
-    def __init__(self, model: ARMD, *, max_slots: int = 8, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        model: ARMD,
+        *,
+        max_slots: int = 8,
+        device: torch.device | str | None = None,
+        prefill_chunk: int = 256,
+        memory_bytes: int | None = None,
+        static_shapes: bool = False,
+    ) -> None:
+        if prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk must be at least 1, not {prefill_chunk}")
         if device is not None:
             model = model.to(device)
         self.model = model.eval()
-        self.decoder = Decoder(self.model, max_slots)
-        self._free = deque(range(max_slots))
-        self._waiting: deque[_Text] = deque()
-        self._running: dict[int, _Text] = {}
+        self.decoder = Decoder(self.model, max_slots, memory_bytes=memory_bytes, static_shapes=static_shapes)
+        self._prefill_chunk = prefill_chunk
+        self._held = [_Held([], None) for _ in range(max_slots)]
+        self._waiting: deque[Request] = deque()
+        self._running: dict[int, Request] = {}
+        self._followers: dict[int, tuple[Request, int]] = {}
+        """By the id of a request that waits in its slot: who computes its first ranks, and how many."""
         self._next_id = 0
 
     @property
@@ -119,135 +90,137 @@ class Engine:
             )
         return self.submit_template([*prompt, *([None] * params.max_tokens)], params)
 
-    def submit_template(self, template: Sequence[int | None], params: SamplingParams) -> int:
+    def submit_template(
+        self,
+        template: Sequence[int | None],
+        params: SamplingParams,
+        blocks: Sequence[Sequence[int]] | None = None,
+    ) -> int:
         """Queue an infilling: token ids, None for each hole. All holes are filled; `params.max_tokens` plays no part.
 
-        The known tokens come first in the order, then the holes, from left to right cut into `params.n_streams`.
+        The known tokens come first in the order, then the holes: in the order of `blocks`, lists of their positions;
+        by default from left to right, cut into `params.n_streams`. Exact and adaptive requests take positions in that
+        order, `params.n_streams` at a time.
 
         Raises:
-            ValueError: a token is not in the vocabulary, or the template is longer than the model's length.
+            ValueError: a token is not in the vocabulary, the template is longer than the model's length, or `blocks`
+                are not the holes.
         """
-        known = {position: token for position, token in enumerate(template) if token is not None}
-        holes = [position for position, token in enumerate(template) if token is None]
-        for token in known.values():
-            if not 0 <= token < self.model.config.vocab_size:
-                raise ValueError(f"token {token} is not in the vocabulary of {self.model.config.vocab_size}")
-        if len(template) > self.model.config.max_length:
-            raise ValueError(
-                f"{len(template)} tokens are more than the context of {self.model.config.max_length} tokens"
-            )
-        text = _Text(self._next_id, params, known, deque(stream_blocks(holes, params.n_streams)))
+        vocab_size, max_length = self.model.config.vocab_size, self.model.config.max_length
+        for kind, tokens in (("token", template), ("stop token", params.stop_ids), ("biased token", params.logit_bias)):
+            for token in tokens:
+                if token is not None and not 0 <= token < vocab_size:
+                    raise ValueError(f"{kind} {token} is not in the vocabulary of {vocab_size}")
+        if params.min_tokens and len(set(params.stop_ids)) == vocab_size:
+            raise ValueError(f"min_tokens ({params.min_tokens}) leaves nothing to draw: every token is a stop token")
+        if len(template) > max_length:
+            raise ValueError(f"{len(template)} tokens are more than the context of {max_length} tokens")
+        if blocks is not None:
+            holes = [position for position, token in enumerate(template) if token is None]
+            if sorted(position for block in blocks for position in block) != holes or not all(blocks):
+                raise ValueError(f"blocks must hold every hole of the template once, none of them empty, not {blocks}")
+        request = Request(self._next_id, template, params, blocks)
         self._next_id += 1
-        self._waiting.append(text)
-        return text.request_id
+        self._waiting.append(request)
+        return request.request_id
 
     def cancel(self, request_id: int) -> bool:
         """Forget a request and free its slot; False when it is not here (any more)."""
-        text = self._running.pop(request_id, None)
-        if text is not None:
-            self._free.append(text.slot)
+        if request_id in self._running:
+            self._leave(self._running[request_id])
             return True
         waiting = len(self._waiting)
-        self._waiting = deque(text for text in self._waiting if text.request_id != request_id)
+        self._waiting = deque(one for one in self._waiting if one.request_id != request_id)
         return len(self._waiting) < waiting
 
     def step(self) -> list[Event]:
-        """Admit what fits, advance every running text by one block; one event a text."""
+        """Admit what fits, advance the running texts; an event for each that wrote something or ended."""
         events = self._admit()
-        texts = sorted(self._running.values(), key=lambda text: text.slot)
-        if not texts:
+        turns = self._turns()
+        if not turns:
             return events
-        logits = self.decoder.step([_work(text) for text in texts])
-        row = 0
-        for text in texts:
-            block = text.blocks.popleft()
-            rows = logits[row : row + len(block)]
-            row += len(block)
-            events.append(self._write(text, block, rows))
+        logits = self.decoder.step([request.work(n_prefill) for request, n_prefill in turns])
+        drawing = [request for request, _ in turns if request.draws]
+        if drawing:
+            choices = choose(logits, [request.ask() for request in drawing])
+            for request, choice in zip(drawing, choices, strict=True):
+                events.append(request.take(choice))
+                if events[-1].completion is not None:
+                    self._leave(request)
         return events
 
     def _admit(self) -> list[Event]:
         """Give free slots to waiting requests; those with nothing to fill end at once."""
         events = []
-        while self._waiting and (self._free or not self._waiting[0].blocks):
-            text = self._waiting.popleft()
-            if not text.blocks:
-                events.append(Event(text.request_id, [], _completion(text)))
+        while self._waiting:
+            free = [slot for slot, held in enumerate(self._held) if held.request is None]
+            if self._waiting[0].blocks and not free:
+                break
+            request = self._waiting.popleft()
+            if not request.blocks:
+                events.append(Event(request.request_id, [], request.completion()))
                 continue
-            text.slot = self._free.popleft()
-            self.decoder.cache.clear(text.slot)
-            self._running[text.request_id] = text
+            self._enter(request, free)
         return events
 
-    def _write(self, text: _Text, block: list[int], logits_SV: torch.Tensor) -> Event:
-        """Draw the block's tokens; the text ends when no position before its first stop token is left."""
-        tokens_S = draw(distribution(logits_SV, text.params), text.generator)
-        logprobs_S = logits_SV.float().log_softmax(dim=1).gather(1, tokens_S[:, None]).squeeze(1)
-        text.steps += 1
-        written = []
-        for position, token, logprob in zip(block, tokens_S.tolist(), logprobs_S.tolist(), strict=True):
-            one = Written(text.holes[position], token, logprob)
-            written.append(one)
-            text.written[position] = (one, text.steps)
-            if token in text.params.stop_ids and (text.end is None or position < text.end):
-                text.end = position
-        text.chosen = list(zip(block, (one.token for one in written), strict=True))
-        if text.end is not None:  # what stands behind the end will not be read
-            left = ([position for position in block if position < text.end] for block in text.blocks)
-            text.blocks = deque(block for block in left if block)
-        if text.blocks:
-            return Event(text.request_id, written)
-        del self._running[text.request_id]
-        self._free.append(text.slot)
-        return Event(text.request_id, written, _completion(text))
+    def _enter(self, request: Request, free: list[int]) -> None:
+        """Give `request` the slot that holds its beginning already, else the first one that is free."""
+        slot = free[0]
+        shared = [_in_common(request.known, held.known) for held in self._held]
+        source = max(range(len(shared)), key=lambda slot: (shared[slot], slot in free))
+        if shared[source] >= _WORTH_SHARING:
+            leader = self._held[source].request
+            if leader is None:
+                slot = source
+                request.skip(shared[source])
+            else:
+                self._followers[request.request_id] = leader, shared[source]
+        request.slot = slot
+        self._held[slot] = _Held(request.known, request)
+        self.decoder.cache.clear(slot)
+        self._running[request.request_id] = request
+
+    def _turns(self) -> list[tuple[Request, int]]:
+        """Who takes part in the next step, by slot, each with the known tokens that it may compute.
+
+        Prefill goes by arrival; a request whose beginning another one computes waits for it.
+        """
+        left = self._prefill_chunk
+        turns = []
+        for request in self._running.values():
+            if request.request_id in self._followers:
+                leader, n_shared = self._followers[request.request_id]
+                if leader.cached < n_shared:
+                    continue
+                self._share(request)
+            n_prefill = min(request.n_to_prefill, left)
+            if request.n_to_prefill and not n_prefill:
+                continue
+            left -= n_prefill
+            turns.append((request, n_prefill))
+        return sorted(turns, key=lambda turn: turn[0].slot)
+
+    def _share(self, follower: Request) -> None:
+        """Copy what `follower` waits for, as far as it was computed."""
+        leader, n_shared = self._followers.pop(follower.request_id)
+        n_ranks = min(n_shared, leader.cached)
+        self.decoder.cache.copy(leader.slot, follower.slot, n_ranks)
+        follower.skip(n_ranks)
+
+    def _leave(self, request: Request) -> None:
+        """Free the slot of `request`; what it computed stays there for requests that begin alike."""
+        for follower_id, (leader, _) in list(self._followers.items()):
+            if leader is request:
+                self._share(self._running[follower_id])
+        self._followers.pop(request.request_id, None)
+        del self._running[request.request_id]
+        self._held[request.slot] = _Held(request.known[: request.cached], None)
 
 
-def _work(text: _Text) -> Work:
-    """The rows a text brings to this step; on its first step those of all known tokens as well."""
-    block = text.blocks[0]
-    if text.rank == 0 and not text.chosen:
-        positions = sorted(text.known)
-        n = len(positions)
-        work = Work(
-            slot=text.slot,
-            tokens=[text.known[position] for position in positions],
-            token_positions=positions,
-            token_rank=0,
-            token_ends=list(range(1, n + 1)),
-            positions=positions + block,
-            rank=0,
-            starts=[*range(n), *([n] * len(block))],
-            ends=[*range(1, n + 1), *([n + len(block)] * len(block))],
-            n_fill=len(block),
-        )
-        text.rank = n
-        return work
-    first, n = text.rank, text.rank + len(text.chosen)
-    text.rank = n
-    return Work(
-        slot=text.slot,
-        tokens=[token for _, token in text.chosen],
-        token_positions=[position for position, _ in text.chosen],
-        token_rank=first,
-        token_ends=[n] * len(text.chosen),
-        positions=block,
-        rank=n,
-        starts=[n] * len(block),
-        ends=[n + len(block)] * len(block),
-        n_fill=len(block),
-    )
-
-
-def _completion(text: _Text) -> Completion:
-    end = text.end if text.end is not None else float("inf")
-    kept = [text.written[position] for position in sorted(text.written) if position < end]
-    return Completion(
-        tokens=[one.token for one, _ in kept],
-        logprobs=[one.logprob for one, _ in kept],
-        steps=text.steps,
-        finish_reason="length" if text.end is None else "stop",
-        step_of_token=[step for _, step in kept],
-    )
+def _in_common(first: Sequence[tuple[int, int]], second: Sequence[tuple[int, int]]) -> int:
+    """How many entries both begin with."""
+    length = min(len(first), len(second))
+    return next((i for i in range(length) if first[i] != second[i]), length)
 
 
 def generate(
@@ -262,10 +235,15 @@ def generate(
     return _finish(engine, ids)
 
 
-def infill(model: ARMD, template: Sequence[int | None], params: SamplingParams) -> Completion:
-    """Fill the holes (None) of a template; the completion holds the filled tokens in text order."""
+def infill(
+    model: ARMD,
+    template: Sequence[int | None],
+    params: SamplingParams,
+    blocks: Sequence[Sequence[int]] | None = None,
+) -> Completion:
+    """Fill the holes (None) of a template, see `Engine.submit_template`; the filled tokens come in text order."""
     engine = Engine(model, max_slots=1)
-    return _finish(engine, [engine.submit_template(template, params)])[0]
+    return _finish(engine, [engine.submit_template(template, params, blocks)])[0]
 
 
 def _finish(engine: Engine, ids: Sequence[int]) -> list[Completion]:

@@ -139,5 +139,6 @@ class MaskedDiffusionLM(nn.Module):
         for step in step_BN.unique().tolist():
             appearing_BN = (step_BN == step).to(device)
             probabilities_MV = distribution(self(text_BN)[appearing_BN], params)
-            text_BN[appearing_BN] = draw(probabilities_MV, generator).to(device)
+            uniform_M = torch.rand(len(probabilities_MV), dtype=torch.float64, generator=generator)
+            text_BN[appearing_BN] = draw(probabilities_MV, uniform_M.to(device))
         return text_BN

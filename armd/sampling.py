@@ -3,8 +3,11 @@
 float64, because a draw in float32 quietly lowers the temperature: its smallest uniform numbers cut off the tail.
 """
 
+import math
 import secrets
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,30 +25,49 @@ class SamplingParams:
 
     max_tokens: int = 128
     """Tokens to write at most."""
+    min_tokens: int = 0
+    """No stop token stands among the first so many."""
     n_streams: int = 4
     """Streams written in parallel; 1 is plain left-to-right. More than max_tokens means max_tokens."""
+    mode: Literal["parallel", "exact"] = "parallel"
+    """`exact` verifies what it drafts, so that texts follow the one-token-a-block distribution of the same order."""
+    threshold: float = 0.0
+    """In parallel mode, positions are filled only where the most probable token reaches this probability, at least one
+    a step; the others wait. 0 fills every position at its turn."""
     temperature: float = 1.0
     """Divides the logits; 0 takes the most probable token."""
     top_p: float = 1.0
     """Keeps the most probable tokens up to this sum, the one that crosses it included."""
     top_k: int = 0
     """Keeps this many most probable tokens; 0 keeps all."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """token -> what is added to its logit, before temperature."""
     seed: int | None = 0
     """Seeds the request's own generator; None draws a fresh seed."""
     stop_ids: tuple[int, ...] = ()
     """Tokens that end the text; the text before the first of them is returned."""
+    top_logprobs: int = 0
+    """Most probable tokens to tell at each place, with their log-probabilities."""
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 0:
-            raise ValueError(f"max_tokens must be at least 0, not {self.max_tokens}")
+        for name in ("max_tokens", "min_tokens", "top_k", "top_logprobs"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
         if self.n_streams < 1:
             raise ValueError(f"n_streams must be at least 1, not {self.n_streams}")
+        if self.mode not in ("parallel", "exact"):
+            raise ValueError(f"mode must be parallel or exact, not {self.mode!r}")
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold must be between 0 and 1, not {self.threshold}")
+        if self.threshold and self.mode == "exact":
+            raise ValueError(f"threshold must be 0 in exact mode, where drafts are verified, not {self.threshold}")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be at least 0 and finite, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be more than 0 and at most 1, not {self.top_p}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be at least 0, not {self.top_k}")
+        for token, bias in self.logit_bias.items():
+            if not math.isfinite(bias):
+                raise ValueError(f"logit_bias must be finite, not {bias} for token {token}")
 
     def generator(self) -> torch.Generator:
         """The request's generator; on the CPU, so that a seed means the same everywhere."""
@@ -57,7 +79,8 @@ def distribution(logits_MV: Tensor, params: SamplingParams) -> Tensor:
     logits_MV = logits_MV.double()
     if params.temperature == 0:
         return torch.zeros_like(logits_MV).scatter_(1, logits_MV.argmax(dim=1, keepdim=True), 1.0)
-    logits_MV = logits_MV / params.temperature
+    if params.temperature != 1:
+        logits_MV = logits_MV / params.temperature
     if 0 < params.top_k < logits_MV.shape[1]:
         least_M1 = logits_MV.topk(params.top_k, dim=1).values[:, -1:]
         logits_MV = logits_MV.masked_fill(logits_MV < least_M1, -torch.inf)
@@ -71,12 +94,24 @@ def distribution(logits_MV: Tensor, params: SamplingParams) -> Tensor:
     return probabilities_MV
 
 
-def draw(probabilities_MV: Tensor, generator: torch.Generator) -> Tensor:
-    """(M,) token ids, one a row, by inverting each row's cumulative distribution at a float64 uniform number."""
-    cumulative_MV = probabilities_MV.cumsum(dim=1)
-    uniform_M1 = torch.rand(len(probabilities_MV), 1, dtype=torch.float64, generator=generator)
-    targets_M1 = uniform_M1.to(cumulative_MV.device) * cumulative_MV[:, -1:]
-    # `right=True` never lands on a token of probability 0, whose cumulative value equals its predecessor's.
-    tokens_M = torch.searchsorted(cumulative_MV, targets_M1, right=True).squeeze(1)
-    last_M = probabilities_MV.shape[1] - 1 - (probabilities_MV.flip(1) > 0).to(torch.uint8).argmax(dim=1)
-    return torch.minimum(tokens_M, last_M)
+def draw(weights_MV: Tensor, uniform_M: Tensor) -> Tensor:
+    """(M,) token ids, one a row, where the row's cumulative weights cross a float64 uniform number in [0, 1).
+
+    Weights need not sum to 1; a token of weight 0 is never drawn.
+    """
+    cumulative_MV = weights_MV.cumsum(dim=1)
+    # A uniform number is at most 1 - 2^-53, and times the total rounds below it. `right=True` never lands on a token of
+    # weight 0, whose cumulative value equals its predecessor's.
+    return torch.searchsorted(cumulative_MV, uniform_M[:, None] * cumulative_MV[:, -1:], right=True).squeeze(1)
+
+
+def verify(target_MV: Tensor, draft_MV: Tensor, drafts_M: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Which drafts stand, (M,) bool, and the weights (M, V) that replace those that do not (section 5.1).
+
+    Draft x, drawn from `draft`, stands with probability min(1, target(x) / draft(x)); its replacement is drawn from
+    the positive part of target - draft. Together they follow `target` exactly (Leviathan et al., arXiv 2211.17192).
+    """
+    target_M, draft_M = (each.gather(1, drafts_M[:, None]).squeeze(1) for each in (target_MV, draft_MV))
+    replacement_MV = (target_MV - draft_MV).clamp_(min=0)
+    # Distributions that differ by rounding alone may leave nothing to draw a replacement from.
+    return (uniform_M * draft_M < target_M) | (replacement_MV.sum(dim=1) == 0), replacement_MV

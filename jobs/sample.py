@@ -1,16 +1,21 @@
 """`armd sample`: text from a trained model, no cluster."""
 
+import contextlib
 import dataclasses
 import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from jobs import model, options
 from pipelines.errors import UserError
+
+if TYPE_CHECKING:
+    from armd import ARMD, Completion, SamplingParams, Tokenizer
+    from jobs.watch import Watch
 
 COMMAND = "armd sample"
 
@@ -23,24 +28,40 @@ class SampleOptions:
     """The export stage's directory: a folder or a URI."""
     prompt: str = ""
     """Text to continue; empty: from nothing."""
+    template: str | None = None
+    """Text to fill in instead: [MASK] stands for one token, [MASK:4] for four."""
     n_streams: int = 4
     """Tokens written in parallel at a step; 1 is plain left-to-right."""
+    mode: Literal["parallel", "exact"] = "parallel"
+    """exact verifies what was drafted in parallel: texts as if written one token at a time in the same order."""
+    threshold: float = 0.0
+    """In parallel mode, fill only places where the most probable token reaches this; the others wait."""
     max_tokens: int | None = None
     """Tokens to write at most; None: 128, or as many as the model's length leaves."""
     temperature: float = 1.0
     """Below 1 more probable text, 0 the most probable token each time."""
     top_p: float = 1.0
     """Draw only from the most probable tokens up to this sum."""
+    top_k: int = 0
+    """Draw only from so many most probable tokens; 0: from all."""
     seed: int | None = 0
     """The same seed writes the same text; None: another one each time."""
     n: int = 1
     """Texts to write."""
+    watch: bool = False
+    """Show on a terminal how the text fills in, each stream in its colour, what is not yet verified dim."""
     json: bool = False
     """Print one JSON object instead."""
 
     def __post_init__(self) -> None:
         if self.n < 1:
             raise ValueError(f"n must be at least 1, not {self.n}")
+        if self.template is not None and self.prompt:
+            raise ValueError("prompt must be left out with template, which holds all text that is known")
+        if self.template is not None and self.max_tokens is not None:
+            raise ValueError(
+                f"max_tokens must be left out with template, whose masks say how many, not {self.max_tokens}"
+            )
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -66,15 +87,64 @@ def _write(chosen: SampleOptions) -> tuple[list[dict[str, Any]], float]:
     params = armd.SamplingParams(  # complains of a value before the model is loaded
         max_tokens=128 if chosen.max_tokens is None else chosen.max_tokens,
         n_streams=chosen.n_streams,
+        mode=chosen.mode,
+        threshold=chosen.threshold,
         temperature=chosen.temperature,
         top_p=chosen.top_p,
+        top_k=chosen.top_k,
         seed=chosen.seed,
     )
     network, tokenizer = model.load(chosen.model_dir)
+    template = _template(chosen, params.max_tokens, tokenizer, network.config.max_length)
+    # In a template every hole is filled: no stop token ends it before the text that is known to follow.
+    params = dataclasses.replace(
+        params, stop_ids=(tokenizer.eos_id,), min_tokens=0 if chosen.template is None else len(template)
+    )
+    requests = [
+        dataclasses.replace(params, seed=None if chosen.seed is None else chosen.seed + number)
+        for number in range(chosen.n)
+    ]
+    watch = _watch(chosen, tokenizer, template)
+    began = time.perf_counter()
+    completions = _decode(network, template, requests, watch)
+    seconds = time.perf_counter() - began
+    samples = []
+    for completion, request in zip(completions, requests, strict=True):
+        text = tokenizer.decode(completion.tokens)
+        if chosen.template is not None:
+            fill = iter(completion.tokens)
+            text = tokenizer.decode([next(fill) if token is None else token for token in template])
+        samples.append(
+            {
+                "prompt": chosen.prompt,
+                "text": text,
+                "tokens": completion.tokens,
+                "logprobs": completion.logprobs,
+                "step_of_token": completion.step_of_token,
+                "steps": completion.steps,
+                "accepted": completion.accepted,
+                "rejected": completion.rejected,
+                "finish_reason": completion.finish_reason,
+                "seed": request.seed,
+            }
+        )
+    return samples, seconds
+
+
+def _template(chosen: SampleOptions, max_tokens: int, tokenizer: "Tokenizer", length: int) -> list[int | None]:
+    """What is known and what is to be written: token ids, None for each hole."""
+    from armd.template import parse_template
+
+    if chosen.template is not None:
+        template = parse_template(chosen.template, tokenizer.encode)
+        if len(template) > length:
+            raise UserError(
+                f"the template has {len(template)} tokens, the model's length is {length}", "shorten --template"
+            )
+        return template
     prompt = tokenizer.encode(chosen.prompt)
-    length = network.config.max_length
     room = length - len(prompt)
-    wanted = min(params.max_tokens, room) if chosen.max_tokens is None else chosen.max_tokens
+    wanted = min(max_tokens, room) if chosen.max_tokens is None else max_tokens
     if room < 1:
         raise UserError(f"the prompt has {len(prompt)} tokens, the model's length is {length}", "shorten --prompt")
     if wanted > room:
@@ -82,28 +152,35 @@ def _write(chosen: SampleOptions) -> tuple[list[dict[str, Any]], float]:
             f"--max-tokens {wanted} does not fit: the prompt has {len(prompt)} tokens, the model's length is {length}",
             f"give --max-tokens of at most {room}",
         )
-    requests = [
-        dataclasses.replace(
-            params,
-            max_tokens=wanted,
-            seed=None if chosen.seed is None else chosen.seed + number,
-            stop_ids=(tokenizer.eos_id,),
-        )
-        for number in range(chosen.n)
-    ]
-    began = time.perf_counter()
-    completions = armd.generate(network, [prompt] * chosen.n, requests)
-    seconds = time.perf_counter() - began
-    samples = [
-        {
-            "prompt": chosen.prompt,
-            "text": tokenizer.decode(completion.tokens),
-            "tokens": completion.tokens,
-            "step_of_token": completion.step_of_token,
-            "steps": completion.steps,
-            "finish_reason": completion.finish_reason,
-            "seed": request.seed,
-        }
-        for completion, request in zip(completions, requests, strict=True)
-    ]
-    return samples, seconds
+    return [*prompt, *[None] * wanted]
+
+
+def _watch(chosen: SampleOptions, tokenizer: "Tokenizer", template: list[int | None]) -> "Watch | None":
+    """The live view, where it was asked for and there is a terminal to show it on."""
+    if not chosen.watch or chosen.json:
+        return None
+    from rich.console import Console
+
+    from jobs.watch import Watch
+
+    console = Console()
+    return Watch(console, tokenizer, template, chosen.n_streams, chosen.n) if console.is_terminal else None
+
+
+def _decode(
+    network: "ARMD", template: list[int | None], requests: Sequence["SamplingParams"], watch: "Watch | None"
+) -> list["Completion"]:
+    """The texts of all requests, in their order."""
+    import armd
+
+    engine = armd.Engine(network, max_slots=min(len(requests), 32))
+    numbers = {engine.submit_template(template, params): number for number, params in enumerate(requests)}
+    done: dict[int, Completion] = {}
+    with watch or contextlib.nullcontext():
+        while not engine.idle:
+            for event in engine.step():
+                if watch is not None:
+                    watch.show(numbers[event.request_id], event)
+                if event.completion is not None:
+                    done[numbers[event.request_id]] = event.completion
+    return [done[number] for number in range(len(requests))]

@@ -1,4 +1,4 @@
-"""The baselines against their definitions: enumeration, the cache against the parallel pass, the ELBO by integration."""
+"""The baselines against their definitions: enumeration, the cache against the parallel pass, the ELBO integrated."""
 
 from itertools import product
 
@@ -70,6 +70,11 @@ def test_a_text_does_not_depend_on_its_neighbours_and_ends_at_a_stop_token() -> 
     assert together[1] == alone
     (stopped,) = model.generate([[1, 2]], SamplingParams(max_tokens=8, seed=3, stop_ids=(alone[3],)))
     assert stopped == alone[: alone.index(alone[3])]
+    # The short text has ended before the long prompt is read.
+    assert (
+        model.generate([[1], [2] * 6], SamplingParams(max_tokens=2))[1]
+        == model.generate([[2] * 6], SamplingParams(max_tokens=2))[0]
+    )
     assert model.generate([], params) == []
     assert model.generate([[1]], SamplingParams(max_tokens=0)) == [[]]
     with pytest.raises(ValueError, match="13 tokens are more than"):

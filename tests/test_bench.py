@@ -10,9 +10,11 @@ import serving_parts
 import torch
 from models import tiny_model
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import armd
-from armd.decoder import Decoder, Work
+from armd.decoder import Decoder
+from armd.rows import Work
 from jobs.benchmarks import corpus, decode, serve, train
 from jobs.benchmarks.measure import Product, forward_products
 from pipelines import storage
@@ -60,15 +62,16 @@ def test_forward_products_are_those_of_the_model(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("n_streams", [1, 3, 4, 16])
 def test_step_products_are_those_of_decoding(n_streams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products with weights are `mm` and `addmm`; those with other activations, of prefix and attention, are not."""
     model = tiny_model()
-    counted = count_linear(model, monkeypatch)
     step = Decoder.step
     each: list[int] = []
 
     def counting_step(self: Decoder, work: Sequence[Work]) -> torch.Tensor:
-        counted.clear()
-        logits = step(self, work)
-        each.append(sum(counted))
+        with FlopCounterMode(display=False) as counter:
+            logits = step(self, work)
+        counts = counter.get_flop_counts()["Global"]
+        each.append(sum(counts.get(product, 0) for product in (torch.ops.aten.mm, torch.ops.aten.addmm)))
         return logits
 
     monkeypatch.setattr(Decoder, "step", counting_step)
@@ -78,26 +81,33 @@ def test_step_products_are_those_of_decoding(n_streams: int, monkeypatch: pytest
 
 def test_decode_counts_the_tokens_that_it_wrote(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--vocab-size", "16", "--tokens", "6", "--streams", "1", "4", "16", "--batches", "2"]
-    decode.main([*sizes, "--rounds", "1", "--device", "cpu"])
+    decode.main([*sizes, "--exact-streams", "2", "8", "--rounds", "1", "--device", "cpu"])
     result = last_line(capsys)
     assert (result["bench"], result["tokens"], result["n"]) == ("decode", 6, 1)
     found = result["contestants"]
-    assert {name: one["steps"] for name, one in found.items()} == {
+    parallel = {name: one for name, one in found.items() if name.startswith("batch")}
+    assert {name: one["steps"] for name, one in parallel.items()} == {
         "batch 2, S=1": 6,
         "batch 2, S=4": 5,
         "batch 2, S=16": 6,
+        "batch 1, S=2": 4,
+        "batch 1, S=8": 6,
     }
-    for one in found.values():
-        assert one["tokens_per_second"] * one["seconds"]["median"] == pytest.approx(2 * 6)
+    for name, one in parallel.items():
+        assert one["tokens_per_second"] * one["seconds"]["median"] == pytest.approx(6 * (2 if "batch 2" in name else 1))
         assert one["step_seconds"] * one["steps"] == pytest.approx(one["seconds"]["median"])
         assert one["to_products"] == pytest.approx(one["step_seconds"] / one["product_seconds"])
+    for name in ("exact, S=2", "exact, S=8"):
+        assert found[name]["accepted"] + found[name]["rejected"] == 6
+        same = found[name.replace("exact", "batch 1")]
+        assert found[name]["to_parallel"] == pytest.approx(found[name]["seconds"]["median"] / same["seconds"]["median"])
 
 
 def test_decode_writes_no_more_than_the_model_holds(
     tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved = serving_parts.save(tmp_path / "saved", max_length=5)
-    options = ["--model-dir", str(saved), "--tokens", "100", "--streams", "2", "--batches", "1"]
+    options = ["--model-dir", str(saved), "--tokens", "100", "--streams", "2", "--batches", "1", "--exact-streams", "2"]
     decode.main([*options, "--rounds", "1", "--device", "cpu"])
     result = last_line(capsys)
     assert result["tokens"] == 5

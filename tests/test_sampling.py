@@ -4,10 +4,14 @@ import pytest
 import torch
 
 from armd import SamplingParams
-from armd.sampling import distribution, draw
+from armd.sampling import distribution, draw, verify
 
 PROBABILITIES = torch.tensor([[0.5, 0.25, 0.15, 0.1]], dtype=torch.float64)
 LOGITS = PROBABILITIES.log().float()
+
+
+def uniform(n: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.rand(n, dtype=torch.float64, generator=generator)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +43,7 @@ def test_distribution_keeps_the_places_of_tokens() -> None:
 def test_draws_follow_the_distribution() -> None:
     """Chi-square with 3 degrees of freedom: 16.3 has probability 0.001 under the right distribution."""
     n = 20_000
-    tokens = draw(PROBABILITIES.expand(n, -1), torch.Generator().manual_seed(0))
+    tokens = draw(PROBABILITIES.expand(n, -1), uniform(n, torch.Generator().manual_seed(0)))
     expected = PROBABILITIES[0] * n
     observed = tokens.bincount(minlength=4)
     assert float(((observed - expected) ** 2 / expected).sum()) < 16.3
@@ -47,15 +51,45 @@ def test_draws_follow_the_distribution() -> None:
 
 def test_a_token_of_probability_zero_is_never_drawn() -> None:
     probabilities = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]], dtype=torch.float64).expand(5_000, -1)
-    assert set(draw(probabilities, torch.Generator().manual_seed(1)).tolist()) == {1, 3}
+    assert set(draw(probabilities, uniform(5_000, torch.Generator().manual_seed(1))).tolist()) == {1, 3}
+
+
+def test_the_largest_uniform_number_draws_the_last_token_that_has_weight() -> None:
+    """Seen to fail for the rare token when the cumulative sums are in float32, which cuts off the tail."""
+    largest = torch.nextafter(torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
+    for total in (0.1, 1.0, 1 + 2**-52, 1.5, 3.0):
+        assert draw(torch.tensor([[total, 0.0]], dtype=torch.float64), largest).tolist() == [0]
+        assert draw(torch.tensor([[total, 1e-9, 0.0]], dtype=torch.float64), largest).tolist() == [1]
+
+
+def test_kept_drafts_and_replacements_follow_the_target() -> None:
+    """Exactly: p(x) min(1, q(x) / p(x)) kept, the rest from what replaces it, is q."""
+    target = torch.tensor([[0.5, 0.2, 0.3, 0.0]], dtype=torch.float64)
+    draft = torch.tensor([[0.25, 0.25, 0.25, 0.25]], dtype=torch.float64)
+    n = 1_000
+    grid = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    written = torch.zeros(4, dtype=torch.float64)
+    for token in range(4):
+        kept, replacement = verify(target.expand(n, -1), draft.expand(n, -1), torch.full((n,), token), grid)
+        share = kept.double().mean()
+        written[token] += draft[0, token] * share
+        written += draft[0, token] * (1 - share) * replacement[0] / replacement[0].sum()
+    torch.testing.assert_close(written, target[0], rtol=0, atol=2 / n)
+
+
+def test_a_draft_from_the_target_itself_is_kept() -> None:
+    numbers = uniform(1_000, torch.Generator().manual_seed(0))
+    same = PROBABILITIES.expand(1_000, -1)
+    kept, _ = verify(same, same, torch.full((1_000,), 3), numbers)
+    assert kept.all()
 
 
 def test_a_seed_means_the_same_every_time() -> None:
-    first, second = (draw(PROBABILITIES.expand(50, -1), SamplingParams(seed=-5).generator()) for _ in range(2))
+    first, second = (uniform(50, SamplingParams(seed=-5).generator()) for _ in range(2))
     assert torch.equal(first, second)
-    above_32_bits = [draw(PROBABILITIES.expand(50, -1), SamplingParams(seed=s).generator()) for s in (1, 1 + 2**32)]
+    above_32_bits = [uniform(50, SamplingParams(seed=s).generator()) for s in (1, 1 + 2**32)]
     assert not torch.equal(*above_32_bits)
-    fresh = [draw(PROBABILITIES.expand(50, -1), SamplingParams(seed=None).generator()) for _ in range(2)]
+    fresh = [uniform(50, SamplingParams(seed=None).generator()) for _ in range(2)]
     assert not torch.equal(*fresh)
 
 
@@ -63,6 +97,11 @@ def test_a_seed_means_the_same_every_time() -> None:
     ("field", "value"),
     [
         ("max_tokens", -1),
+        ("min_tokens", -2),
+        ("top_logprobs", -1),
+        ("mode", "fast"),
+        ("threshold", -0.5),
+        ("threshold", 1.5),
         ("n_streams", 0),
         ("temperature", -0.1),
         ("temperature", float("nan")),
@@ -75,3 +114,10 @@ def test_a_seed_means_the_same_every_time() -> None:
 def test_values_out_of_range_are_named(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{field} .*{value}"):
         SamplingParams(**{field: value})
+
+
+def test_values_that_do_not_go_together_are_named() -> None:
+    with pytest.raises(ValueError, match=r"threshold must be 0 in exact mode.*0\.5"):
+        SamplingParams(mode="exact", threshold=0.5)
+    with pytest.raises(ValueError, match="logit_bias must be finite, not nan for token 7"):
+        SamplingParams(logit_bias={7: float("nan")})

@@ -118,6 +118,36 @@ def test_choices_are_ordered_by_prompt_and_k(server: Server) -> None:
     assert body["usage"]["completion_tokens"] == sum(map(len, steps)) > 12
 
 
+def test_verified_answers_are_the_engines_and_say_what_was_rejected(server: Server) -> None:
+    request = {"prompt": "the", "max_tokens": 40, "seed": 1, "armd": {"streams": 4, "verify": "exact"}}
+    body = server.complete(**request).json()
+    eos = server.tokenizer.eos_id
+    params = armd.SamplingParams(max_tokens=40, n_streams=4, mode="exact", seed=1, stop_ids=(eos,))
+    own = armd.generate(server.model, [server.tokenizer.encode("the")], params)[0]
+    assert body["choices"][0]["text"] == server.tokenizer.decode(own.tokens)
+    told = body["armd"]
+    assert (told["verified"], told["accepted"], told["rejected"]) == (True, own.accepted, own.rejected)
+    assert (told["forward_passes"], told["step_of_token"]) == (own.steps, own.step_of_token)
+    details = {"accepted_prediction_tokens": own.accepted, "rejected_prediction_tokens": own.rejected}
+    assert body["usage"]["completion_tokens_details"] == details
+    assert body["system_fingerprint"].endswith("+S4+exact")
+    *_, last, usage = events_of(server.complete(**request, stream=True, stream_options={"include_usage": True}))
+    assert last["armd"]["rejected"] == own.rejected
+    assert usage["usage"] == body["usage"]
+    plain = server.complete(**{**request, "armd": {"verify": "none"}}).json()
+    assert "verified" not in plain["armd"]
+    assert "completion_tokens_details" not in plain["usage"]
+
+
+def test_min_tokens_puts_the_end_off(server: Server) -> None:
+    def shortest(least: int) -> int:
+        request = {"prompt": "the", "max_tokens": 60, "n": 8, "temperature": 3.0, "min_tokens": least}
+        answers = [server.complete(**request, seed=seed).json() for seed in range(4)]
+        return min(len(one["armd"]["step_of_token"]) for answer in answers for one in answer["choices"])
+
+    assert shortest(0) < 30 <= shortest(30)
+
+
 def test_without_a_seed_two_answers_differ(server: Server) -> None:
     texts = {server.complete(prompt="the", max_tokens=20).json()["choices"][0]["text"] for _ in range(3)}
     assert len(texts) == 3

@@ -88,7 +88,6 @@ def test_the_four_prompt_forms() -> None:
         ("frequency_penalty", -1),
         ("repetition_penalty", 1.2),
         ("logit_bias", {"5": 1}),
-        ("min_tokens", 1),
         ("min_p", 0.1),
         ("ignore_eos", True),
         ("stop_token_ids", [5]),
@@ -161,7 +160,11 @@ def test_what_would_change_the_answer_is_refused_by_name(field: str, value: Any)
         ({"armd": {"streams": True}}, "armd.streams", "invalid_value"),
         ({"armd": {"streams": 10**400}}, "armd.streams", "invalid_value"),
         ({"logit_bias": {str(i): 1 for i in range(50_000)}}, "logit_bias", "unsupported_parameter"),
-        ({"min_tokens": 99, "max_tokens": 1}, "min_tokens", "unsupported_parameter"),
+        ({"min_tokens": 99, "max_tokens": 1}, "min_tokens", "invalid_value"),
+        ({"min_tokens": -1}, "min_tokens", "invalid_value"),
+        ({"armd": {"verify": "some"}}, "armd.verify", "invalid_value"),
+        ({"armd": {"verify": True}}, "armd.verify", "invalid_value"),
+        ({"armd": {"verify": []}}, "armd.verify", "invalid_value"),
     ],
 )
 def test_bad_bodies_are_400_at_once(body: bytes | dict[str, Any], param: str | None, code: str) -> None:

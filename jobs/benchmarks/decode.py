@@ -1,18 +1,27 @@
-"""`armd bench decode`: what streams buy, against the bare matrix products of the steps at the same row counts."""
+"""`armd bench decode`: what streams buy, against the bare matrix products of the steps at the same row counts.
+
+Exact mode is held against parallel mode with as many streams: its steps have more rows, and it needs fewer, as heads
+are drafted together.
+"""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 
-from armd import ARCHITECTURES, ARMD, ModelConfig, SamplingParams, generate
+from armd import ARCHITECTURES, ARMD, Completion, Engine, ModelConfig, SamplingParams
 from armd.order import stream_blocks
 from armd.randomness import seeded
 from jobs import model, options
 from jobs.benchmarks.measure import Product, finish, forward_products, interleaved, products_runner, spread
 
 COMMAND = "armd bench decode"
+
+# By contestant: how many requests of which kind; a text that it wrote; minimum, median and maximum of its seconds.
+_Requests = dict[str, tuple[int, SamplingParams]]
+_Written = dict[str, Completion]
+_Seconds = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +37,11 @@ class DecodeBenchOptions:
     tokens: int = 128
     """Tokens to write a text; at most as many as the model's length."""
     streams: tuple[int, ...] = (1, 2, 4, 8, 16)
-    """Numbers of streams."""
-    batches: tuple[int, ...] = (1, 8)
-    """Texts written together."""
+    """Numbers of streams in parallel mode."""
+    exact_streams: tuple[int, ...] = (2, 4, 8, 16, 32)
+    """Numbers of streams in exact mode, for one text at a time; parallel mode is measured beside them."""
+    batches: tuple[int, ...] = (1, 8, 32)
+    """Texts written together in parallel mode."""
     rounds: int = 5
     """Times each is measured, in turns."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -52,43 +63,64 @@ def main(arguments: Sequence[str]) -> None:
         network = ARMD(config, generator=seeded("bench"))
     network = network.to(device, dtype).eval()
     config = network.config
-    contestants: dict[str, Callable[[], object]] = {}
-    steps = {}
     n_tokens = min(chosen.tokens, config.max_length)
-    for batch in chosen.batches:
-        for n_streams in chosen.streams:
-            params = SamplingParams(max_tokens=n_tokens, n_streams=n_streams)
-            name = f"batch {batch}, S={n_streams}"
-            products = step_products(config, batch, n_tokens, n_streams)
-            steps[name] = len(products)
-            contestants[name] = _decode(network, batch, params)
-            contestants[f"{name}, products"] = products_runner(products, device, dtype)
-    seconds = interleaved(contestants, chosen.rounds, device)
-    result = {}
+    parallel: _Requests = {
+        f"batch {batch}, S={n_streams}": (batch, SamplingParams(max_tokens=n_tokens, n_streams=n_streams))
+        for batch in chosen.batches
+        for n_streams in chosen.streams
+    }
+    exact: _Requests = {}
+    for n_streams in chosen.exact_streams:
+        params = SamplingParams(max_tokens=n_tokens, n_streams=n_streams)
+        parallel.setdefault(f"batch 1, S={n_streams}", (1, params))
+        exact[f"exact, S={n_streams}"] = (1, replace(params, mode="exact"))
+    written: _Written = {}
+    contestants: dict[str, Callable[[], object]] = {}
+    engine = Engine(network, max_slots=max(batch for batch, _ in parallel.values()))
+    for name, (batch, params) in [*parallel.items(), *exact.items()]:
+        contestants[name] = _decode(engine, batch, params, name, written)
+    for name, (batch, params) in parallel.items():
+        products = step_products(config, batch, n_tokens, params.n_streams)
+        contestants[f"{name}, products"] = products_runner(products, device, dtype)
+    seconds = {name: spread(each) for name, each in interleaved(contestants, chosen.rounds, device).items()}
+
     print(f"{sum(p.numel() for p in network.parameters()):,} parameters, {n_tokens} tokens, {chosen.dtype}")
-    print(f"{'':16}{'tokens/s':>10}{'to S=' + str(chosen.streams[0]):>9}{'ms a step':>11}{'products':>10}{'ratio':>7}")
-    for batch in chosen.batches:
-        first = None
-        for n_streams in chosen.streams:
-            name = f"batch {batch}, S={n_streams}"
-            whole = spread(seconds[name])
-            rate = batch * n_tokens / whole["median"]
-            first = first or rate
-            step = whole["median"] / steps[name]
-            floor = spread(seconds[f"{name}, products"])["median"] / steps[name]
-            result[name] = {
-                "seconds": whole,
-                "steps": steps[name],
-                "tokens_per_second": rate,
-                "speed_up": rate / first,
-                "step_seconds": step,
-                "product_seconds": floor,
-                "to_products": step / floor,
-            }
-            print(f"{name:16}{rate:10,.0f}{rate / first:9.2f}{step * 1e3:11.2f}{floor * 1e3:10.2f}{step / floor:7.2f}")
+    result = _parallel_table(parallel, written, seconds) | _exact_table(exact, written, seconds)
     finish(
         {"bench": "decode", **chosen.__dict__, "tokens": n_tokens, "n": chosen.rounds, "contestants": result}, device
     )
+
+
+def _parallel_table(parallel: _Requests, written: _Written, seconds: _Seconds) -> dict[str, dict[str, Any]]:
+    """Print and return the figures of parallel mode, beside the first number of streams and the bare products."""
+    result: dict[str, dict[str, Any]] = {}
+    first: dict[int, float] = {}
+    print(f"{'':18}{'tokens/s':>10}{'to first':>9}{'ms a step':>11}{'products':>10}{'ratio':>7}")
+    for name, (batch, params) in parallel.items():
+        one = result[name] = _measured(seconds[name], batch * params.max_tokens, written[name].steps)
+        one["speed_up"] = one["tokens_per_second"] / first.setdefault(batch, one["tokens_per_second"])
+        one["product_seconds"] = seconds[f"{name}, products"]["median"] / one["steps"]
+        one["to_products"] = one["step_seconds"] / one["product_seconds"]
+        print(
+            f"{name:18}{one['tokens_per_second']:10,.0f}{one['speed_up']:9.2f}{one['step_seconds'] * 1e3:11.2f}"
+            f"{one['product_seconds'] * 1e3:10.2f}{one['to_products']:7.2f}"
+        )
+    return result
+
+
+def _exact_table(exact: _Requests, written: _Written, seconds: _Seconds) -> dict[str, dict[str, Any]]:
+    """Print and return the figures of exact mode, beside the time of parallel mode."""
+    result: dict[str, dict[str, Any]] = {}
+    print(f"{'':18}{'tokens/s':>10}{'steps':>9}{'ms a step':>11}{'accepted':>10}{'time to parallel':>18}")
+    for name, (_, params) in exact.items():
+        one = result[name] = _measured(seconds[name], params.max_tokens, written[name].steps)
+        one["accepted"], one["rejected"] = written[name].accepted, written[name].rejected
+        one["to_parallel"] = seconds[name]["median"] / seconds[f"batch 1, S={params.n_streams}"]["median"]
+        print(
+            f"{name:18}{one['tokens_per_second']:10,.0f}{one['steps']:9}{one['step_seconds'] * 1e3:11.2f}"
+            f"{one['accepted'] / params.max_tokens:10.1%}{one['to_parallel']:18.2f}"
+        )
+    return result
 
 
 def step_products(config: ModelConfig, batch: int, n_tokens: int, n_streams: int) -> list[list[Product]]:
@@ -100,8 +132,24 @@ def step_products(config: ModelConfig, batch: int, n_tokens: int, n_streams: int
     ]
 
 
-def _decode(network: ARMD, batch: int, params: SamplingParams) -> Callable[[], object]:
+def _decode(engine: Engine, batch: int, params: SamplingParams, name: str, written: _Written) -> Callable[[], object]:
+    """A contestant that leaves one of its texts, which are the same in every round, in `written`."""
+
     def run() -> None:
-        generate(network, [[]] * batch, params)
+        for _ in range(batch):
+            engine.submit([], params)
+        while not engine.idle:
+            for event in engine.step():
+                if event.completion is not None:
+                    written[name] = event.completion
 
     return run
+
+
+def _measured(seconds: dict[str, float], n_tokens: int, n_steps: int) -> dict[str, Any]:
+    return {
+        "seconds": seconds,
+        "steps": n_steps,
+        "tokens_per_second": n_tokens / seconds["median"],
+        "step_seconds": seconds["median"] / n_steps,
+    }

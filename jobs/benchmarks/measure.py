@@ -58,9 +58,10 @@ def products_runner(
 ) -> Callable[[], object]:
     """A function that computes the products of every step on random matrices.
 
-    Within a step weights are distinct, as a model's are; all steps have the same weights and may differ in rows.
+    Within a step weights are distinct and stored by output, as a model's are; all steps have the same weights and may
+    differ in rows.
     """
-    weights = [torch.randn(n_in, n_out, device=device, dtype=dtype) for _, n_in, n_out in steps[0]]
+    weights = [torch.randn(n_out, n_in, device=device, dtype=dtype).t() for _, n_in, n_out in steps[0]]
     shapes = {(rows, n_in) for products in steps for rows, n_in, _ in products}
     inputs = {shape: torch.randn(shape, device=device, dtype=dtype) for shape in shapes}
 

@@ -67,8 +67,9 @@ class Completions:
             return
         stop_ids = (self._tokenizer.eos_id,)
         builders = [TextBuilder(self._tokenizer, request.stop, stop_ids) for _ in tickets]
+        fingerprint = f"{self._fingerprint}+S{request.streams}{'+exact' if request.verify else ''}"
         try:
-            yield Admitted(prompt_tokens=sum(map(len, prompts)), fingerprint=f"{self._fingerprint}+S{request.streams}")
+            yield Admitted(prompt_tokens=sum(map(len, prompts)), fingerprint=fingerprint)
             unfinished = len(tickets)
             while unfinished:
                 deltas = self._read(await _drain(sink), tickets, builders, every=request.stream)
@@ -131,7 +132,9 @@ class Completions:
                 prompt,
                 SamplingParams(
                     max_tokens=request.max_tokens,
+                    min_tokens=request.min_tokens,
                     n_streams=request.streams,
+                    mode="exact" if request.verify else "parallel",
                     temperature=request.temperature,
                     top_p=request.top_p,
                     top_k=request.top_k,
@@ -163,6 +166,8 @@ def _finish(builder: TextBuilder, ticket: Ticket) -> Finish:
         tokens=len(builder.tokens),
         step_of_token=builder.step_of_token,
         forward_passes=builder.steps,
+        accepted=builder.accepted,
+        rejected=builder.rejected,
         timings={
             "queue_ms": round(1e3 * (ticket.first_step - ticket.submitted), 3),
             "prefill_ms": round(1e3 * (ticket.first_written - ticket.first_step), 3),

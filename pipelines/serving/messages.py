@@ -27,6 +27,10 @@ class Finish:
     tokens: int
     step_of_token: list[int]
     forward_passes: int
+    accepted: int
+    """Tokens written as they were drafted; all of them where nothing is verified."""
+    rejected: int
+    """Tokens written in place of a draft."""
     timings: dict[str, float]
     """Milliseconds: queue_ms before the first step, prefill_ms of the first step, decode_ms of all others."""
 

@@ -35,7 +35,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1,),
     "logit_bias": ({},),
     "min_p": (0,),
-    "min_tokens": (0,),
     "ignore_eos": _NO,
     "use_beam_search": _NO,
     "return_token_ids": _NO,
@@ -50,6 +49,7 @@ class _Fields(BaseModel):
 
     model: str | None = None
     max_tokens: int = Field(default=16, ge=1, le=2**31 - 1)
+    min_tokens: int = Field(default=0, ge=0, le=2**31 - 1)
     n: int = Field(default=1, ge=1, le=2**31 - 1)
     temperature: float = Field(default=1.0, ge=0, le=MAX_TEMPERATURE)
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -71,6 +71,7 @@ class CompletionRequest:
     n: int
     """Choices for each prompt."""
     max_tokens: int
+    min_tokens: int
     temperature: float
     """0 is greedy."""
     top_p: float
@@ -80,6 +81,8 @@ class CompletionRequest:
     """Drawn here when the client gave none."""
     stop: tuple[str, ...]
     streams: int
+    verify: bool
+    """Decode in exact mode."""
     stream: bool
     include_usage: bool
     ignored: tuple[str, ...]
@@ -115,18 +118,24 @@ def parse_request(body: bytes, config: DeployConfig) -> CompletionRequest:
             "n" if fields.n > 1 else "prompt",
             f"{len(prompts)} prompts with n = {fields.n} ask for more than {config.max_choices} completions.",
         )
+    if fields.min_tokens > fields.max_tokens:
+        message = f"min_tokens ({fields.min_tokens}) must not exceed max_tokens ({fields.max_tokens})."
+        raise invalid("min_tokens", message)
+    streams, verify = _armd(data.get("armd"), config)
     include_usage, unknown_options = _stream_options(data.get("stream_options"), fields.stream)
     unknown = [key for key in data if key not in _KNOWN] + unknown_options
     return CompletionRequest(
         prompts=prompts,
         n=fields.n,
         max_tokens=fields.max_tokens,
+        min_tokens=fields.min_tokens,
         temperature=0.0 if fields.temperature < GREEDY_BELOW else fields.temperature,
         top_p=fields.top_p,
         top_k=max(0, fields.top_k),
         seed=secrets.randbits(63) if fields.seed is None else fields.seed,
         stop=_stops(data.get("stop")),
-        streams=_streams(data.get("armd"), config),
+        streams=streams,
+        verify=verify,
         stream=fields.stream,
         include_usage=include_usage,
         ignored=tuple(sorted(unknown)),
@@ -223,23 +232,27 @@ def _stops(value: Any) -> tuple[str, ...]:
     return tuple(_text(stop, "stop") for stop in stops)
 
 
-def _streams(value: Any, config: DeployConfig) -> int:
+def _armd(value: Any, config: DeployConfig) -> tuple[int, bool]:
+    """Streams, and whether to verify what they draft."""
     if value is None:
-        return config.default_streams
+        return config.default_streams, False
     if not isinstance(value, dict):
         raise invalid("armd", f"armd must be an object, not {_kind(value)}.")
-    unknown = [key for key in value if key != "streams"]
+    unknown = [key for key in value if key not in ("streams", "verify")]
     if unknown:
         names = ", ".join(_quoted(key) for key in unknown[:8])
-        raise invalid("armd", f"Unknown in armd: {names}; known: 'streams'.", "unsupported_parameter")
+        raise invalid("armd", f"Unknown in armd: {names}; known: 'streams', 'verify'.", "unsupported_parameter")
     streams = value.get("streams")
     if streams is None:
-        return config.default_streams
+        streams = config.default_streams
     if not _is_token(streams) or not 1 <= streams <= config.max_streams:
         raise invalid(
             "armd.streams", f"armd.streams must be an integer from 1 to {config.max_streams}, not {_quoted(streams)}."
         )
-    return int(streams)
+    verify = value.get("verify")
+    if not (verify is None or (isinstance(verify, str) and verify in ("none", "exact"))):
+        raise invalid("armd.verify", f"armd.verify must be 'none' or 'exact', not {_quoted(verify)}.")
+    return int(streams), verify == "exact"
 
 
 def _stream_options(value: Any, stream: bool) -> tuple[bool, list[str]]:

@@ -1,7 +1,8 @@
 """The bodies of answers: OpenAI's completion objects, whole and in chunks, with ARMD's additions beside them.
 
 `armd` describes the decoding: `streams` and `order` always; `step_of_token`, `forward_passes`, `tokens_per_forward` and
-`timings` beside them where there is one choice, and in an `armd` object of each choice where there are several.
+`timings` beside them where there is one choice, and in an `armd` object of each choice where there are several. Where
+the request wants its drafts verified, `verified`, `accepted` and `rejected` stand there too, and in `usage`.
 """
 
 import json
@@ -35,6 +36,8 @@ class Choice(BaseModel):
 class Usage(BaseModel):
     """Tokens over all prompts and choices."""
 
+    model_config = ConfigDict(extra="allow")
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -65,7 +68,7 @@ class Answer:
             "model": config.model_name,
             "system_fingerprint": admitted.fingerprint,
         }
-        self._completion_tokens = 0
+        self._completion_tokens = self._accepted = self._rejected = 0
 
     def whole(self, deltas: list[Delta]) -> dict[str, Any]:
         """The body of an answer that is not streamed; `deltas` holds each choice once, finished, in any order."""
@@ -86,18 +89,24 @@ class Answer:
         """The last event before [DONE] where the client asked for include_usage."""
         return sse({**Completion(**self._head, choices=[]).model_dump(), "usage": self.usage()})
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """Tokens of the choices that have finished."""
         prompt, completion = self._admitted.prompt_tokens, self._completion_tokens
         total = prompt + completion
-        return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=total).model_dump()
+        details: dict[str, Any] = {}
+        if self._request.verify:
+            counts = {"accepted_prediction_tokens": self._accepted, "rejected_prediction_tokens": self._rejected}
+            details = {"completion_tokens_details": counts}
+        return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=total, **details).model_dump()
 
     def _choice(self, delta: Delta) -> Choice:
         choice = Choice(index=delta.choice, text=delta.text)
         if delta.finish is None:
             return choice
         self._completion_tokens += delta.finish.tokens
-        own: dict[str, Any] = {"armd": _decoding(delta.finish)} if self._request.n_choices > 1 else {}
+        self._accepted += delta.finish.accepted
+        self._rejected += delta.finish.rejected
+        own: dict[str, Any] = {"armd": self._decoding(delta.finish)} if self._request.n_choices > 1 else {}
         return Choice(
             index=delta.choice,
             text=delta.text,
@@ -112,7 +121,17 @@ class Answer:
             return head
         (delta,) = deltas
         assert delta.finish is not None
-        return {**head, **_decoding(delta.finish)}
+        return {**head, **self._decoding(delta.finish)}
+
+    def _decoding(self, finish: Finish) -> dict[str, Any]:
+        drafts = {"verified": True, "accepted": finish.accepted, "rejected": finish.rejected}
+        return {
+            "step_of_token": finish.step_of_token,
+            "forward_passes": finish.forward_passes,
+            "tokens_per_forward": round(finish.tokens / max(1, finish.forward_passes), 4),
+            **(drafts if self._request.verify else {}),
+            "timings": finish.timings,
+        }
 
 
 def sse(body: dict[str, Any]) -> bytes:
@@ -139,13 +158,4 @@ def model_object(facts: dict[str, Any], config: DeployConfig) -> dict[str, Any]:
             "system_fingerprint": facts["fingerprint"],
             "vocab_size": facts["vocab_size"],
         },
-    }
-
-
-def _decoding(finish: Finish) -> dict[str, Any]:
-    return {
-        "step_of_token": finish.step_of_token,
-        "forward_passes": finish.forward_passes,
-        "tokens_per_forward": round(finish.tokens / max(1, finish.forward_passes), 4),
-        "timings": finish.timings,
     }

@@ -28,6 +28,10 @@ class TextBuilder:
         """The step, counted from 1, at which each of them was written."""
         self.steps = 0
         """Forward passes so far."""
+        self.accepted = 0
+        """Tokens that these wrote as drafted."""
+        self.rejected = 0
+        """Tokens that they wrote in place of a draft."""
         self.finish_reason: str | None = None
         """`stop` or `length` once the text is complete."""
         self.stop_reason: str | None = None
@@ -36,6 +40,8 @@ class TextBuilder:
     def feed(self, event: Event) -> None:
         """Add what a step wrote."""
         self.steps += 1
+        self.rejected += event.rejected
+        self.accepted += len(event.written) - event.rejected
         for one in event.written:
             self._pending[one.index] = (one.token, self.steps)
         while self.finish_reason is None and len(self.tokens) in self._pending:

@@ -1,0 +1,69 @@
+"""One layer over rows of many texts, its keys and values in a cache.
+
+The same function as layers.Layer, with fewer operations: a step of few rows spends more time on calling modules and on
+small kernels than on arithmetic. So weights are used as they are stored, without their modules; a product adds the
+residual stream itself; queries and keys are rotated together. Tests hold the two against each other.
+
+Shapes: M rows, B texts of a run, R rows of each, K keys, H heads, A head width, D model width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from armd.layers import Layer
+from armd.rows import Seen
+
+
+class CachedLayer:
+    """A layer and its storage (2, slots, ranks, H, A) for keys and values."""
+
+    def __init__(self, layer: Layer, storage: Tensor) -> None:
+        attention = layer.attention
+        self._norms = [(norm.weight, norm.eps) for norm in (layer.attention_norm, layer.mlp_norm)]
+        linears = (attention.query, attention.key_value, attention.out, layer.mlp_in, layer.mlp_out)
+        self._query, self._key_value, self._out, self._mlp_in, self._mlp_out = (one.weight.t() for one in linears)
+        self._head_shape = storage.shape[-2:]
+        self._keys, self._values = storage.flatten(1, 2)  # to write: (slots * ranks, H, A)
+        self._keys_by_head, self._values_by_head = storage.transpose(2, 3)  # to read: (slots, H, ranks, A)
+
+    def normed(self, rows_MD: Tensor) -> Tensor:
+        """What queries, keys and values are projected from."""
+        weight, eps = self._norms[0]
+        return torch.rms_norm(rows_MD, weight.shape, weight, eps)
+
+    def project(self, query_MD: Tensor, content_MD: Tensor, rotary: tuple[Tensor, Tensor], places_M: Tensor) -> Tensor:
+        """Queries (M, H, A) of some normed rows; the keys and values of others are written at their places.
+
+        `rotary` is (M, 1, A) each, for queries, then keys: cosines, and sines with the sign of the half they meet.
+        """
+        cosines, sines = rotary
+        n_queries = len(query_MD)
+        k_MD, v_MD = (content_MD @ self._key_value).chunk(2, dim=1)
+        x_MHA = torch.cat([query_MD @ self._query, k_MD]).view(-1, *self._head_shape)
+        dtype = x_MHA.dtype
+        x_MHA = x_MHA.float()
+        x_MHA = torch.addcmul(x_MHA * cosines, x_MHA.roll(x_MHA.shape[2] // 2, 2), sines).to(dtype)
+        self._keys.index_copy_(0, places_M, x_MHA[n_queries:])
+        self._values.index_copy_(0, places_M, v_MD.unflatten(1, self._head_shape))
+        return x_MHA[:n_queries]
+
+    def attend(self, q_MHA: Tensor, runs: Sequence[tuple[slice, slice, Seen]]) -> Tensor:
+        """(M, D): the attention of all rows, each over its own text's keys; `runs` are slots, rows, what they see."""
+        heads = []
+        for slots, rows, seen in runs:
+            k_BHKA = self._keys_by_head[slots, :, : seen.n_keys]
+            v_BHKA = self._values_by_head[slots, :, : seen.n_keys]
+            q_BHRA = q_MHA[rows].view(len(k_BHKA), -1, *self._head_shape).transpose(1, 2)
+            heads_BHRA = F.scaled_dot_product_attention(q_BHRA, k_BHKA, v_BHKA, attn_mask=seen.mask)
+            heads.append(heads_BHRA.transpose(1, 2).reshape(-1, self._query.shape[1]))
+        return heads[0] if len(heads) == 1 else torch.cat(heads)
+
+    def finish(self, rows_MD: Tensor, heads_MD: Tensor) -> Tensor:
+        """The rows after the layer, from what they attended to."""
+        rows_MD = torch.addmm(rows_MD, heads_MD, self._out)
+        weight, eps = self._norms[1]
+        normed_MD = torch.rms_norm(rows_MD, weight.shape, weight, eps)
+        return torch.addmm(rows_MD, F.gelu(normed_MD @ self._mlp_in), self._mlp_out)
