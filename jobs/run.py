@@ -125,8 +125,14 @@ def _check_ahead(recipe: Recipe, missing: Collection[str]) -> None:
         missing: the stages that are still to be done.
 
     Raises:
-        UserError: more workers than this machine can bear, a port in use, an open address without a key.
+        UserError: a baseline beyond the stages that take one, more workers than this machine can bear, a port in use,
+            an open address without a key.
     """
+    if recipe.train.model != "armd" and {"evaluate", "deploy"} & set(missing):
+        raise UserError(
+            f"the stages after export take an ARMD model, not the baseline {recipe.train.model}",
+            "pass --until export: the manifest there holds the baseline's held-out loss",
+        )
     if runtime.on_cluster():
         return
     if "train" in missing:

@@ -279,3 +279,24 @@ def test_a_tokenizer_that_is_not_the_corpuss_is_refused(tmp_path: Path) -> None:
     error = run(str(one), tmp_path / "out", steps=1, strided_steps=0)
     assert isinstance(error, UserError)
     assert "tokenizer" in error.what
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "autoregressive"},
+        {"model": "masked_diffusion"},
+        {"strided_share": 0.4, "infilling_share": 0.4, "mix_after": 1, "strided_steps": 0, "steps": 6},
+    ],
+    ids=["autoregressive", "masked diffusion", "mixed"],
+)
+def test_two_workers_train_what_one_does(corpus: str, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Baselines and mixed schedules too: what is drawn depends on the step and the row, not on who computes it."""
+    one = run(corpus, tmp_path / "one", n_workers=1, micro_batch_size=1, **changes)
+    two = run(corpus, tmp_path / "two", n_workers=2, micro_batch_size=1, **changes)
+    assert one["final"]["validation_nats_per_token"] == pytest.approx(
+        two["final"]["validation_nats_per_token"], rel=1e-5
+    )
+    assert one["parameters"] == two["parameters"]
+    streams = one["final"]["validation_nats_per_token_by_streams"]
+    assert set(streams) == ({"1"} if "model" in changes else {"1", *map(str, CONFIG.streams)})
