@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from jobs.options import choose
 
 BENCHMARKS = {
-    "train": "a training step under each kind of order, against its bare matrix products; needs torch only",
+    "train": "a training step under each kind of order, against the baselines and bare products; needs torch only",
     "decode": "decoding with S = 1 .. 16 streams, against the bare matrix products of its steps; needs torch only",
     "corpus": "the corpus stage against the bare tokenizer on the same text",
     "serve": "the HTTP endpoint under load against the engine alone",

@@ -119,7 +119,9 @@ def test_train_counts_the_tokens_of_a_step(capsys: pytest.CaptureFixture[str]) -
     train.main(["--vocab-size", "16", "--length", "8", "--batch", "2", "--rounds", "1", "--device", "cpu"])
     result = last_line(capsys)
     assert result["bench"] == "train"
-    assert set(result["contestants"]) == {"left-to-right", "progressive", "strided S=4", "bare products"}
+    orders, baselines = {"left-to-right", "progressive", "strided S=4"}, {"autoregressive", "masked diffusion"}
+    assert set(result["contestants"]) == orders | baselines | {"bare products"}
+    assert result["contestants"]["autoregressive"]["to_autoregressive"] == 1.0
     for one in result["contestants"].values():
         assert one["tokens_per_second"] * one["seconds"]["median"] == pytest.approx(16)
     assert result["contestants"]["bare products"]["to_products"] == 1.0

@@ -1,4 +1,4 @@
-"""`armd bench train`: forward and backward under each kind of order, against the same products without a model."""
+"""`armd bench train`: forward and backward under each kind of order, against the baselines and the bare products."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,18 +6,22 @@ from typing import Literal
 
 import torch
 
-from armd import ARCHITECTURES, ARMD, Order
-from armd.objective import nats
+from armd import ARCHITECTURES, ARMD, AutoregressiveLM, MaskedDiffusionLM, Order
+from armd.masked_diffusion import Noise
+from armd.models import Model
+from armd.objective import Drawn, nats
 from armd.randomness import seeded
-from jobs import options
+from jobs import costs, options
 from jobs.benchmarks.measure import finish, forward_products, interleaved, products_runner, spread
 
 COMMAND = "armd bench train"
+AUTOREGRESSIVE = "autoregressive"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainBenchOptions:
-    """A training step (forward and backward, no optimiser) under each kind of order, and its bare matrix products."""
+    """A training step (forward and backward, no optimiser) of ARMD under each kind of order, of both baselines, and of
+    ARMD's bare matrix products."""
 
     architecture: Literal["tiny", "small", "medium"] = "tiny"
     """The model's shape."""
@@ -53,23 +57,41 @@ def main(arguments: Sequence[str]) -> None:
     # The backward pass multiplies twice: for the inputs and for the weights.
     backward = [(m, n, k) for m, k, n in forward] + [(k, m, n) for m, k, n in forward]
     contestants: dict[str, Callable[[], object]] = {name: _step(model, tokens, order) for name, order in orders.items()}
+    for name, kind, drawn in (
+        (AUTOREGRESSIVE, AutoregressiveLM, None),
+        ("masked diffusion", MaskedDiffusionLM, Noise.draw(chosen.batch, chosen.length, seeded("noise")).to(device)),
+    ):
+        contestants[name] = _step(kind(config, generator=seeded("bench")).to(device, dtype), tokens, drawn)
     contestants["bare products"] = products_runner([forward + backward], device, dtype)
     seconds = interleaved(contestants, chosen.rounds, device)
     flops = 3 * sum(2 * m * k * n for m, k, n in forward)
     floor = spread(seconds["bare products"])["median"]
+    baseline = spread(seconds[AUTOREGRESSIVE])["median"]
     result = {}
     print(f"{chosen.architecture}, {chosen.batch} x {chosen.length} tokens, {chosen.dtype}, n = {chosen.rounds}")
-    print(f"{'':16}{'ms a step':>12}{'tokens/s':>12}{'GFLOP/s':>10}{'to products':>13}")
+    print(f"{'':16}{'ms a step':>12}{'tokens/s':>12}{'to products':>13}{'to AR':>8}")
     for name, values in seconds.items():
         median = spread(values)["median"]
-        result[name] = {"seconds": spread(values), "tokens_per_second": rows / median, "to_products": median / floor}
-        print(f"{name:16}{median * 1e3:12.1f}{rows / median:12,.0f}{flops / median / 1e9:10.1f}{median / floor:13.2f}")
-    finish({"bench": "train", **chosen.__dict__, "product_flops": flops, "contestants": result}, device)
+        result[name] = {
+            "seconds": spread(values),
+            "tokens_per_second": rows / median,
+            "to_products": median / floor,
+            "to_autoregressive": median / baseline,
+        }
+        print(f"{name:16}{median * 1e3:12.1f}{rows / median:12,.0f}{median / floor:13.2f}{median / baseline:8.2f}")
+    allowed = costs.allowed_ratio(config)
+    print(
+        f"{flops / floor / 1e9:.1f} GFLOP/s in the bare products; by its weight products ARMD costs {allowed:.2f} of AR"
+    )
+    finish(
+        {"bench": "train", **chosen.__dict__, "product_flops": flops, "allowed_ratio": allowed, "contestants": result},
+        device,
+    )
 
 
-def _step(model: ARMD, tokens: torch.Tensor, order: Order) -> Callable[[], object]:
+def _step(model: Model, tokens: torch.Tensor, drawn: Drawn) -> Callable[[], object]:
     def run() -> None:
-        total, count = nats(model, tokens, order)
+        total, count = nats(model, tokens, drawn)
         (total / count).backward()
         model.zero_grad()
 
