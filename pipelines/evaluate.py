@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines import runtime, storage
+from pipelines import held_out, runtime, storage
 from pipelines.errors import UserError
 from pipelines.manifest import read_manifest, write_manifest
 from pipelines.model_folder import local_model
@@ -98,8 +98,9 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, str], progress: Progre
             model, tokenizer = armd.load(folder, device=device)
         except ValueError as error:
             raise UserError(str(error), "run the export stage again: remove its folder's manifest.json") from None
-        _check_tokenizer(corpus, tokenizer, inputs)
-        windows, bytes_ = _held_out(config, inputs["corpus"], cache, tokenizer)
+        held_out.check_tokenizer(inputs["corpus"], tokenizer, inputs["export"])
+        windows = held_out.windows(inputs["corpus"], config.max_windows, cache)
+        bytes_ = _text_bytes(windows.reshape(-1), tokenizer)
 
         meter = _Meter(config, windows.size, progress)
         by_streams = {}
@@ -134,31 +135,6 @@ class _Meter:
     def add(self, tokens: int, note: str) -> None:
         self._done += tokens
         self._progress.update(min(self._done, self._total), self._total, "tokens", note)
-
-
-def _check_tokenizer(corpus: Mapping[str, Any], tokenizer: Any, inputs: Mapping[str, str]) -> None:
-    if tokenizer.sha256 != corpus["tokenizer_sha256"]:
-        raise UserError(
-            f"the model in {inputs['export']} does not have the tokenizer of the corpus in {inputs['corpus']}",
-            "evaluate a model on a corpus made with its own tokenizer (--corpus.tokenizer)",
-        )
-
-
-def _held_out(config: EvaluateConfig, corpus_dir: str, cache: str, tokenizer: Any) -> tuple[Any, int]:
-    """(n, N) int64 windows from the validation split's beginning, and the UTF-8 bytes of their text."""
-    import numpy as np
-
-    from pipelines.windows import WindowIndex
-
-    index = WindowIndex(corpus_dir, "validation", cache_dir=cache)
-    count = min(config.max_windows, len(index))
-    if count == 0:
-        raise UserError(
-            f"the validation split of {corpus_dir} is shorter than one window of {index.sequence_length} tokens",
-            "give the corpus more text, a larger --corpus.validation-fraction or a smaller --corpus.sequence-length",
-        )
-    windows = np.stack([index[i] for i in range(count)])
-    return windows, _text_bytes(windows.reshape(-1), tokenizer)
 
 
 def _text_bytes(stream: Any, tokenizer: Any) -> int:

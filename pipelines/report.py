@@ -87,9 +87,8 @@ def render(
     """The page. Pure: the same arguments give the same text."""
     evaluation, train = manifests["evaluate"], config.recipe["train"]
     places = {name: storage.redacted(directory) for name, directory in directories.items()}
-    template = importlib.resources.files("pipelines").joinpath("report_page.html").read_text(encoding="utf-8")
-    page = string.Template(template).substitute(
-        sections.ramp(),
+    page = fill(
+        "report_page.html",
         title=escape(config.title),
         subtitle=_subtitle(manifests, commit),
         figures="\n".join(_figures(manifests, train)),
@@ -107,9 +106,17 @@ def render(
         stages=sections.stages(manifests, places),
         versions=_versions(manifests["train"], commit),
         config=escape(json.dumps(config.recipe, indent=2, ensure_ascii=False)),
-        armd_version=escape(versions()["armd"] or "from source"),
     )
     return storage.redacted(page)
+
+
+def fill(template: str, **parts: str) -> str:
+    """A page of this package with its style and `parts`, which are HTML, in their places."""
+    folder = importlib.resources.files("pipelines")
+    style = string.Template(folder.joinpath("report_style.css").read_text(encoding="utf-8"))
+    page = string.Template(folder.joinpath(template).read_text(encoding="utf-8"))
+    version = escape(versions()["armd"] or "from source")
+    return page.substitute(parts, style=style.substitute(sections.ramp()), armd_version=version)
 
 
 def _subtitle(manifests: Mapping[str, Mapping[str, Any]], commit: str | None) -> str:

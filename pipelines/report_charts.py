@@ -22,7 +22,7 @@ _VARIABLES = {
     SHADE_B: "var(--shade-b)",
     GREEN: "var(--green)",
 }
-_STREAM_STYLES = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (MUTED, "D"))
+LINE_STYLES = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (MUTED, "D"))
 _STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -91,7 +91,7 @@ def training_chart(metrics: Sequence[Mapping[str, Any]], train: Mapping[str, Any
         rate.set_xlim(0, max(tokens))
         figure.align_ylabels()
 
-    return _chart("loss", label, draw, wide=(8.8, 4.4), narrow=(4.2, 4.6))
+    return chart("loss", label, draw, wide=(8.8, 4.4), narrow=(4.2, 4.6))
 
 
 def streams_chart(streams: Mapping[str, Mapping[str, Any]]) -> str:
@@ -128,7 +128,7 @@ def streams_chart(streams: Mapping[str, Mapping[str, Any]]) -> str:
             axes.grid(axis="y")
             axes.set_axisbelow(True)
 
-    return _chart("streams", label, draw, wide=(8.8, 2.9), narrow=(4.2, 5.0))
+    return chart("streams", label, draw, wide=(8.8, 2.9), narrow=(4.2, 5.0))
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -179,10 +179,10 @@ def _baseline(axes: Any, unigram: float, values: Sequence[float]) -> None:
 
 
 def _stream_style(n_streams: int) -> tuple[str, str]:
-    return _STREAM_STYLES[min(n_streams.bit_length() - 1, len(_STREAM_STYLES) - 1)]
+    return LINE_STYLES[min(n_streams.bit_length() - 1, len(LINE_STYLES) - 1)]
 
 
-def _chart(
+def chart(
     name: str,
     label: str,
     draw: Callable[..., None],
