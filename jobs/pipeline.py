@@ -12,12 +12,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jobs.graph import Step
-from jobs.recipes import Recipe
+from jobs.recipes import Recipe, Study
 from pipelines import runtime
+from pipelines.corpus_config import CorpusConfig
 from pipelines.progress import Progress, silent
-
-STAGES = ("corpus", "train", "export", "evaluate", "deploy", "report")
-"""The stages in the order in which they run; `--until` stops after one of them."""
 
 _INPUTS = {
     "corpus": (),
@@ -27,6 +25,8 @@ _INPUTS = {
     "deploy": ("export",),
     "report": ("corpus", "train", "export", "evaluate", "deploy"),
 }
+STAGES = tuple(_INPUTS)
+"""The stages in the order in which they run; `--until` stops after one of them."""
 
 # Settings that do not change what a stage produces, so that changing them resumes the run instead of starting another.
 # The sources count by what they hold now, not by where they are: by each file's path relative to its source, size, and
@@ -35,10 +35,11 @@ _NOT_IDENTITY = {
     "corpus": ("sources", "validation_sources", "tokenizer"),
     "train": ("checkpoint_every", "keep_checkpoints", "max_failures", "wait_for_nodes"),
     "export": ("batch_size",),
+    "measure": ("batch_size",),
 }
 
 
-def resolved(recipe: Recipe) -> dict[str, Any]:
+def resolved(recipe: Recipe | Study) -> dict[str, Any]:
     """The recipe as plain JSON values."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe), allow_nan=False))
     return plain
@@ -54,33 +55,71 @@ def build(
     Args:
         recipe: the configuration.
         name: the recipe's name, for the report.
-        progress: gives the `Progress` of a stage.
+        progress: gives the `Progress` of a step by its name.
 
     Raises:
         UserError: a source does not exist, or holds nothing.
     """
-    from pipelines import corpus, report
+    from pipelines import report
 
     configs: dict[str, Any] = {
-        "corpus": recipe.corpus,
         "train": recipe.train,
         "export": recipe.export,
         "evaluate": recipe.evaluate,
         "deploy": recipe.deploy,
         "report": report.ReportConfig(title=f"armd run {name}".strip(), recipe=resolved(recipe)),
     }
-    identities = {stage: _identity(stage, config) for stage, config in configs.items()}
-    identities["corpus"]["holds"] = corpus.fingerprint(recipe.corpus)
-    steps: dict[str, Step] = {}
-    for stage in STAGES:
-        steps[stage] = Step(
-            name=stage,
-            config=identities[stage],
-            dependencies=tuple(steps[needed] for needed in _INPUTS[stage]),
-            function=_bind(stage, configs[stage], progress),
+    steps = {"corpus": corpus_step(recipe.corpus, progress)}
+    for stage, config in configs.items():
+        steps[stage] = step(
+            stage,
+            config,
+            {needed: steps[needed] for needed in _INPUTS[stage]},
+            progress,
             still_good=_still_served if stage == "deploy" else None,
         )
     return steps
+
+
+def corpus_step(config: CorpusConfig, progress: Callable[[str], Progress]) -> Step:
+    """The step that makes a corpus; what its sources hold now belongs to its identity.
+
+    Raises:
+        UserError: a source does not exist, or holds nothing.
+    """
+    from pipelines import corpus
+
+    identity = {**_identity("corpus", config), "holds": corpus.fingerprint(config)}
+    return Step(name="corpus", config=identity, function=_bind("corpus", "corpus", config, {}, progress))
+
+
+def step(
+    stage: str,
+    config: Any,
+    inputs: Mapping[str, Step],
+    progress: Callable[[str], Progress],
+    *,
+    name: str = "",
+    still_good: Callable[[str], bool] | None = None,
+) -> Step:
+    """The step that runs `pipelines.<stage>` with `config`.
+
+    Args:
+        stage: the stage's module.
+        config: its configuration, a dataclass.
+        inputs: the steps that it reads, by the names under which the stage knows them.
+        progress: gives the `Progress` of a step.
+        name: the step's name, where a graph has the stage more than once.
+        still_good: as `Step` has it.
+    """
+    name = name or stage
+    return Step(
+        name=name,
+        config=_identity(stage, config),
+        dependencies=tuple(inputs.values()),
+        function=_bind(stage, name, config, {role: needed.name for role, needed in inputs.items()}, progress),
+        still_good=still_good,
+    )
 
 
 def _identity(stage: str, config: Any) -> dict[str, Any]:
@@ -88,11 +127,16 @@ def _identity(stage: str, config: Any) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in _NOT_IDENTITY.get(stage, ())}
 
 
-def _bind(stage: str, config: Any, progress: Callable[[str], Progress]) -> Callable[[Mapping[str, str], str], Any]:
-    def run(inputs: Mapping[str, str], output_dir: str) -> Any:
+def _bind(
+    stage: str, name: str, config: Any, names: Mapping[str, str], progress: Callable[[str], Progress]
+) -> Callable[[Mapping[str, str], str], Any]:
+    """The stage as a step's function; `names` are the steps that it reads, by the names that the stage has for them."""
+
+    def run(directories: Mapping[str, str], output_dir: str) -> Any:
+        inputs = {role: directories[needed] for role, needed in names.items()}
         on_interrupt = signal.getsignal(signal.SIGINT)
         try:
-            return _module(stage).run(config, inputs, output_dir, progress(stage))
+            return _module(stage).run(config, inputs, output_dir, progress(name))
         finally:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGINT, on_interrupt)  # Ray Train leaves its own behind

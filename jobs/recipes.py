@@ -1,5 +1,7 @@
 """Runs as Python functions: the whole configuration, and a docstring that says what it costs and what it should give.
 
+A `Recipe` takes one model from text to an endpoint, a `Study` trains several on one corpus and compares them.
+
 A recipe's docstring is a claim: command, hardware, time, expected metric. Everything can be overridden on the command
 line, `armd run demo --train.steps 100`.
 """
@@ -8,10 +10,12 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from armd.config import ARCHITECTURES
+from armd.config import ARCHITECTURES, Architecture
+from jobs.contestants import CONTESTANTS, DEFAULT_CONTESTANTS
 from pipelines.corpus_config import CorpusConfig
 from pipelines.evaluate import EvaluateConfig
 from pipelines.export import ExportConfig
+from pipelines.measure import MeasureConfig
 from pipelines.serving.config import DeployConfig
 from pipelines.train_config import TrainConfig
 
@@ -30,6 +34,37 @@ class Recipe:
     """What is measured on held-out text, and the samples."""
     deploy: DeployConfig = field(default_factory=DeployConfig)
     """The HTTP endpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """The configuration of a comparison: every contestant is trained once with every seed.
+
+    Raises:
+        ValueError: naming the field and the value that does not fit.
+    """
+
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    """Text and tokenizer, the same for all."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """What the contestants have in common; each changes the model or the schedule of orders, never data or steps."""
+    contestants: tuple[str, ...] = DEFAULT_CONTESTANTS
+    """What is compared, by name; the first one is what the others are measured against."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the weights and the order of the data; --train.seed is not used."""
+    export: ExportConfig = field(default_factory=ExportConfig)
+    """The check of each exported model."""
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    """What is measured on each."""
+
+    def __post_init__(self) -> None:
+        for name in ("contestants", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} must be one or more, each once, not {values}")
+        for name in self.contestants:
+            if name not in CONTESTANTS:
+                raise ValueError(f"contestants must be among {', '.join(CONTESTANTS)}, not {name!r}")
 
 
 def demo() -> Recipe:
@@ -141,5 +176,40 @@ def lm1b() -> Recipe:
     return Recipe(corpus=corpus, train=train, evaluate=EvaluateConfig(max_windows=4096, sample_tokens=127))
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"demo": demo, "small": small, "medium": medium, "lm1b": lm1b}
+def replicate() -> Study:
+    """The paper's comparison at small scale: ARMD's recipes against both baselines, same data, same tokens, with seeds.
+
+    Command: armd run replicate --corpus.sources FILES
+    Hardware: 2 CPU cores, 4 GB of memory; no network, no GPU.
+    Time: 80 minutes; 2.2M parameters, 21 runs of 1.5 M tokens; it can be stopped and started again at any moment.
+    Expect: see docs/benchmarks.md, where the table stands with its spread.
+    """
+    return Study(
+        corpus=CorpusConfig(sources=("python-docs",), vocab_size=2048, sequence_length=128),
+        train=TrainConfig(
+            architecture=Architecture(n_layers=4, n_two_stream_layers=2, d_model=192, n_heads=6, d_prefix=32),
+            batch_size=8,
+            micro_batch_size=4,
+            n_workers=2,
+            steps=1_050,
+            strided_steps=450,
+            ar_steps=30,
+            permutation_steps=180,
+            learning_rate=3e-3,
+            warmup_steps=100,
+            log_every=25,
+            validate_every=500,
+            validation_windows=128,
+            checkpoint_every=500,
+        ),
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe | Study]] = {
+    "demo": demo,
+    "small": small,
+    "medium": medium,
+    "lm1b": lm1b,
+    "replicate": replicate,
+}
 """Recipes by the name that the command line takes."""

@@ -1,0 +1,58 @@
+"""What a study compares: the baselines, the paper's recipes of ARMD, and recipes beyond the paper.
+
+Each is a function of the study's training configuration that keeps data, batch and the whole number of steps, and
+changes the model or the schedule of orders (sections 3 and 6.1 of the specification).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from pipelines.train_config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """One row of the table."""
+
+    label: str
+    """What people read."""
+    train: Callable[[TrainConfig], TrainConfig]
+    """From the study's configuration to this one's."""
+
+
+def _changed(config: TrainConfig, **changes: Any) -> TrainConfig:
+    return dataclasses.replace(config, **changes)
+
+
+def _one_phase(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """No permutation and no strided phase: all steps left to right, or as `changes` mix them."""
+    return _changed(config, steps=config.total_steps, strided_steps=0, max_shuffled=0, **changes)
+
+
+def _mixed(config: TrainConfig, *, share: float, **changes: Any) -> TrainConfig:
+    """After the first tenth, `share` of the steps strided."""
+    return _one_phase(config, mix_after=config.total_steps // 10, strided_share=share, **changes)
+
+
+_THIRTY = {"share": 0.3, "streams": (2, 4, 8), "infilling_share": 0.3}
+
+CONTESTANTS = {
+    "autoregressive": Contestant(label="autoregressive", train=partial(_changed, model="autoregressive")),
+    "left-to-right": Contestant(label="ARMD, left to right only", train=_one_phase),
+    "rho-0": Contestant(label="ARMD, rho=0, then strided", train=partial(_changed, max_shuffled=0)),
+    "rho-8": Contestant(label="ARMD, rho=8, then strided", train=partial(_changed, max_shuffled=8)),
+    "rho-32": Contestant(label="ARMD, rho=32, then strided", train=partial(_changed, max_shuffled=32)),
+    "mixed": Contestant(label="ARMD, mixed, 50% strided", train=partial(_mixed, share=0.5, streams=(2, 4, 8))),
+    "mixed-wide": Contestant(
+        label="ARMD, mixed, S up to 32", train=partial(_mixed, share=0.5, streams=(2, 4, 8, 16, 32))
+    ),
+    "mixed-infilling": Contestant(label="ARMD, mixed, 30% strided, 30% infilling", train=partial(_mixed, **_THIRTY)),
+    "masked-diffusion": Contestant(label="masked diffusion", train=partial(_changed, model="masked_diffusion")),
+}
+"""Contestants by the name that the command line takes."""
+
+DEFAULT_CONTESTANTS = ("autoregressive", "left-to-right", "rho-0", "rho-8", "rho-32", "mixed", "masked-diffusion")
+"""The paper's comparison and the mixed recipe."""
