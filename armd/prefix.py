@@ -6,7 +6,7 @@ where P[n] is the position table's row for the position at rank n. It is linear 
 its memory is linear in N, written as a recurrence it costs one rank-one update a token.
 
 Shapes: B sequences (1 where an order is shared), N ranks, D model width, E width of the position table, K chunks of C
-ranks, W ranks of a window, M ranks with padding.
+ranks, W ranks of a window.
 """
 
 import math
@@ -30,21 +30,37 @@ def aggregate(p_BNE: Tensor, x_BND: Tensor, block_starts_BN: Tensor, largest_blo
     chunk = min(max(chunk, largest_block), length)
     n_chunks = math.ceil(length / chunk)
     tail = n_chunks * chunk - length
-    # Padded by `reach` zeros, rank i stands at i + reach, where the windows begin at multiples of the chunk.
-    p_BME, x_BMD = (F.pad(rows.float(), (0, 0, reach, tail)) for rows in (p_BNE, x_BND))
-    p_BKCE = p_BME[:, reach:].unflatten(1, (n_chunks, chunk))
+    p_BKCE, x_BKCD = (_chunks(rows.float(), n_chunks, chunk) for rows in (p_BNE, x_BND))
+    p_BKWE, x_BKWD = (_windows(rows, reach) for rows in (p_BKCE, x_BKCD))
 
-    p_steps, x_steps = (rows[:, : n_chunks * chunk].unflatten(1, (n_chunks, chunk)) for rows in (p_BME, x_BMD))
-    sums_BKED = p_steps[:, :-1].mT @ x_steps[:, :-1]
+    # A window's first C ranks are those between its beginning and the next one's.
+    sums_BKED = p_BKWE[:, :-1, :chunk].mT @ x_BKWD[:, :-1, :chunk]
     states_BKED = F.pad(sums_BKED, (0, 0, 0, 0, 1, 0)).cumsum(dim=1)  # what lies before each chunk's window
 
-    p_BKEW, x_BKDW = (rows.unfold(1, reach + chunk, chunk) for rows in (p_BME, x_BMD))
-    ranks_KW = torch.arange(-reach, n_chunks * chunk, device=x_BND.device).unfold(0, reach + chunk, chunk)
+    offsets_W = torch.arange(-reach, chunk, device=x_BND.device)
+    ranks_KW = chunk * torch.arange(n_chunks, device=x_BND.device)[:, None] + offsets_W
     starts_BKC = F.pad(block_starts_BN, (0, tail)).unflatten(1, (n_chunks, chunk))
     visible_BKCW = ranks_KW[:, None] < starts_BKC[..., None]
-    weights_BKCW = (p_BKCE @ p_BKEW).masked_fill(~visible_BKCW, 0.0)
-    g_BKCD = p_BKCE @ states_BKED + weights_BKCW @ x_BKDW.mT
+    weights_BKCW = (p_BKCE @ p_BKWE.mT).masked_fill(~visible_BKCW, 0.0)
+    g_BKCD = p_BKCE @ states_BKED + weights_BKCW @ x_BKWD
     return g_BKCD.flatten(1, 2)[:, :length]
+
+
+def _chunks(rows_BN_: Tensor, n_chunks: int, chunk: int) -> Tensor:
+    """(B, K, C, ...) from rows (B, N, ...), the last chunk filled up with zeros."""
+    tail = n_chunks * chunk - rows_BN_.shape[1]
+    return F.pad(rows_BN_, (0, 0, 0, tail)).unflatten(1, (n_chunks, chunk))
+
+
+def _windows(rows_BKC_: Tensor, reach: int) -> Tensor:
+    """(B, K, W, ...): each chunk with the last `reach` ranks before it, zeros before the first.
+
+    Not by `unfold`: what torch 2.13's compiler makes of its backward pass on CPUs with AVX-512 writes out of bounds.
+    """
+    if reach == 0:
+        return rows_BKC_
+    before = F.pad(rows_BKC_, (0, 0, 0, 0, 1, 0))[:, :-1, -reach:]
+    return torch.cat([before, rows_BKC_], dim=2)
 
 
 def sinusoids(max_length: int, width: int) -> Tensor:
