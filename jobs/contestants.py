@@ -37,8 +37,6 @@ def _mixed(config: TrainConfig, *, share: float, **changes: Any) -> TrainConfig:
     return _one_phase(config, mix_after=config.total_steps // 10, strided_share=share, **changes)
 
 
-_THIRTY = {"share": 0.3, "streams": (2, 4, 8), "infilling_share": 0.3}
-
 CONTESTANTS = {
     "autoregressive": Contestant(label="autoregressive", train=partial(_changed, model="autoregressive")),
     "left-to-right": Contestant(label="ARMD, left to right only", train=_one_phase),
@@ -49,7 +47,10 @@ CONTESTANTS = {
     "mixed-wide": Contestant(
         label="ARMD, mixed, S up to 32", train=partial(_mixed, share=0.5, streams=(2, 4, 8, 16, 32))
     ),
-    "mixed-infilling": Contestant(label="ARMD, mixed, 30% strided, 30% infilling", train=partial(_mixed, **_THIRTY)),
+    "mixed-infilling": Contestant(
+        label="ARMD, mixed, 30% strided, 30% infilling",
+        train=partial(_mixed, share=0.3, streams=(2, 4, 8), infilling_share=0.3),
+    ),
     "masked-diffusion": Contestant(label="masked diffusion", train=partial(_changed, model="masked_diffusion")),
 }
 """Contestants by the name that the command line takes."""

@@ -81,7 +81,7 @@ def build(
     return steps
 
 
-def corpus_step(config: CorpusConfig, progress: Callable[[str], Progress]) -> Step:
+def corpus_step(config: CorpusConfig, progress: Callable[[str], Progress] = lambda stage: silent) -> Step:
     """The step that makes a corpus; what its sources hold now belongs to its identity.
 
     Raises:

@@ -6,17 +6,17 @@ import json
 import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from jobs import costs, options, pipeline
-from jobs.recipes import RECIPES, Recipe
+from jobs.recipes import RECIPES, Chosen, Recipe, Study
 from jobs.run import choose_recipe, recipes_help
 from jobs.terminal import bytes_text, clock_text, count_text
 from pipelines import storage
+from pipelines.corpus_config import CorpusConfig
 from pipelines.errors import UserError
 from pipelines.manifest import is_done, read_manifest
+from pipelines.train_config import TrainConfig
 
 NAMED_VOCABULARIES = {"gpt2": ("GPT-2", 50_257), "bert-base-uncased": ("BERT", 30_522)}
 """The tokenizers, with their sizes, that recipes name by their folder, for plans made before the folder is there."""
@@ -36,7 +36,7 @@ class PlanOptions:
     """Where stages would go; a corpus that is there already is read for the number of epochs."""
     json: bool = False
     """Print one JSON object instead."""
-    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
+    recipe: Chosen = field(default_factory=Recipe)
     """The recipe, every value of which can be changed."""
 
     def __post_init__(self) -> None:
@@ -68,8 +68,10 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def make(recipe: Recipe, *, root: str = "runs", tokens_per_second: float | None = None) -> dict[str, Any]:
-    """The plan as JSON values; sizes in bytes, times in seconds.
+def make(recipe: Recipe | Study, *, root: str = "runs", tokens_per_second: float | None = None) -> dict[str, Any]:
+    """The plan as JSON values; sizes in bytes, times in seconds; steps, tokens and time are those of all runs together.
+
+    A study's runs are counted as ARMD's, which are the longest.
 
     Raises:
         UserError: the vocabulary's size cannot be known yet.
@@ -81,12 +83,14 @@ def make(recipe: Recipe, *, root: str = "runs", tokens_per_second: float | None 
     n_parameters = costs.parameters(model)
     flops, plain = costs.flops(model), costs.autoregressive_flops(model)
     memory = costs.memory(model, train, n_parameters, bfloat16=bfloat16)
-    n_tokens = costs.tokens(train, recipe.corpus.sequence_length)
+    n_runs = len(recipe.seeds) * len(recipe.contestants) if isinstance(recipe, Study) else 1
+    n_tokens = n_runs * costs.tokens(train, recipe.corpus.sequence_length)
     checkpoint = costs.checkpoint_bytes(train, n_parameters, bfloat16=bfloat16)
-    corpus = _corpus(recipe, root)
+    corpus = _corpus(recipe.corpus, root)
     corpus_bytes = corpus["tokens"] * (2 if vocab_size <= 1 << 16 else 4) if corpus else None
     # One more checkpoint than are kept is there while the next is written.
-    training_bytes = (train.keep_checkpoints + 1) * checkpoint
+    training_bytes = (n_runs * train.keep_checkpoints + 1) * checkpoint
+    export_bytes = n_runs * costs.export_bytes(n_parameters)
     return {
         "config": pipeline.resolved(recipe),
         "vocab_size": vocab_size,
@@ -100,16 +104,17 @@ def make(recipe: Recipe, *, root: str = "runs", tokens_per_second: float | None 
         },
         "dtype": "bfloat16" if bfloat16 else "float32",
         "memory_per_rank": {**dataclasses.asdict(memory), "total": memory.total},
-        "steps": train.total_steps,
+        "runs": n_runs,
+        "steps": n_runs * train.total_steps,
         "tokens": n_tokens,
-        "epochs": n_tokens / corpus["tokens"] if corpus else None,
+        "epochs": n_tokens / n_runs / corpus["tokens"] if corpus else None,
         "corpus": corpus,
         "checkpoint_bytes": checkpoint,
         "disk": {
             "corpus": corpus_bytes,
             "train": training_bytes,
-            "export": costs.export_bytes(n_parameters),
-            "total": training_bytes + costs.export_bytes(n_parameters) + (corpus_bytes or 0),
+            "export": export_bytes,
+            "total": training_bytes + export_bytes + (corpus_bytes or 0),
         },
         "seconds": _seconds(n_tokens, flops.training, train.n_workers, tokens_per_second),
     }
@@ -129,7 +134,7 @@ def _seconds(n_tokens: int, flops: float, n_workers: int, tokens_per_second: flo
     }
 
 
-def _vocabulary(recipe: Recipe) -> tuple[int, str]:
+def _vocabulary(recipe: Recipe | Study) -> tuple[int, str]:
     """The vocabulary's size and where it comes from."""
     given = recipe.corpus.tokenizer
     if given is None:
@@ -143,10 +148,10 @@ def _vocabulary(recipe: Recipe) -> tuple[int, str]:
     return given_tokenizer(given).vocab_size, storage.redacted(given)
 
 
-def _corpus(recipe: Recipe, root: str) -> dict[str, Any] | None:
+def _corpus(config: CorpusConfig, root: str) -> dict[str, Any] | None:
     """Tokens of the training split, when this corpus has been made already."""
     try:
-        directory = pipeline.build(recipe)["corpus"].directory(storage.absolute(root))
+        directory = pipeline.corpus_step(config).directory(storage.absolute(root))
     except UserError:  # the sources are not here: a plan can be made before they are
         return None
     if not is_done(directory):
@@ -160,7 +165,7 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _print(name: str, recipe: Recipe, plan: dict[str, Any]) -> None:
+def _print(name: str, recipe: Recipe | Study, plan: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -177,7 +182,7 @@ def _print(name: str, recipe: Recipe, plan: dict[str, Any]) -> None:
         console.print(f"  {storage.redacted(line)}", soft_wrap=True, markup=False)
 
 
-def _rows(recipe: Recipe, plan: dict[str, Any]) -> list[tuple[str, str, str]]:
+def _rows(recipe: Recipe | Study, plan: dict[str, Any]) -> list[tuple[str, str, str]]:
     train, flops, memory, disk = recipe.train, plan["flops_per_token"], plan["memory_per_rank"], plan["disk"]
     corpus = plan["corpus"]
     length = recipe.corpus.sequence_length
@@ -190,7 +195,7 @@ def _rows(recipe: Recipe, plan: dict[str, Any]) -> list[tuple[str, str, str]]:
             f"forward and backward; {flops['ratio_to_autoregressive']:.2f}x an autoregressive transformer of this size "
             f"({flops['ratio_to_autoregressive_layers']:.2f}x in the layers)",
         ),
-        ("Steps", count_text(plan["steps"]), f"{train.steps:,} of permutation, {train.strided_steps:,} strided"),
+        ("Steps", count_text(plan["steps"]), _steps_note(train, plan["runs"])),
         ("Tokens", count_text(plan["tokens"]), f"{train.batch_size} sequences of {length} tokens a step"),
         (
             "Epochs",
@@ -225,6 +230,12 @@ def _rows(recipe: Recipe, plan: dict[str, Any]) -> list[tuple[str, str, str]]:
     for number, (assumption, seconds) in enumerate(plan["seconds"].items()):
         rows.append(("" if number else "Training time", clock_text(seconds), assumption))
     return rows
+
+
+def _steps_note(train: TrainConfig, n_runs: int) -> str:
+    if n_runs > 1:
+        return f"{train.total_steps:,} in each of {n_runs} runs; epochs are those of one run"
+    return f"{train.steps:,} of permutation, {train.strided_steps:,} strided"
 
 
 def _flat(config: dict[str, Any], prefix: str = "--") -> list[str]:

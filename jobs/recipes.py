@@ -9,6 +9,9 @@ line, `armd run demo --train.steps 100`.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
 
 from armd.config import ARCHITECTURES, Architecture
 from jobs.contestants import CONTESTANTS, DEFAULT_CONTESTANTS
@@ -51,13 +54,17 @@ class Study:
     contestants: tuple[str, ...] = DEFAULT_CONTESTANTS
     """What is compared, by name; the first one is what the others are measured against."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of the weights and the order of the data; --train.seed is not used."""
+    """Seeds of the weights and the order of the data, one a run."""
     export: ExportConfig = field(default_factory=ExportConfig)
     """The check of each exported model."""
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     """What is measured on each."""
 
     def __post_init__(self) -> None:
+        if self.train.model != "armd":
+            raise ValueError(f"model must be armd in a study, whose contestants set it, not {self.train.model}")
+        if self.train.seed:
+            raise ValueError(f"seed must be 0 in a study, whose seeds set it, not {self.train.seed}")
         for name in ("contestants", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
@@ -65,6 +72,10 @@ class Study:
         for name in self.contestants:
             if name not in CONTESTANTS:
                 raise ValueError(f"contestants must be among {', '.join(CONTESTANTS)}, not {name!r}")
+
+
+Chosen = Annotated[Recipe | Study, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
+"""A field of a command's options that holds a recipe, whose own fields are options of the command."""
 
 
 def demo() -> Recipe:

@@ -6,20 +6,20 @@ import os
 import signal
 import stat
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
-
-from jobs import graph, options, pipeline, summary
-from jobs.recipes import RECIPES, Recipe
+from jobs import graph, options, pipeline, study, summary
+from jobs.recipes import RECIPES, Chosen, Recipe, Study
 from jobs.record import Record
 from jobs.terminal import Terminal, apart
 from pipelines import runtime, storage
 from pipelines.errors import UserError
 from pipelines.manifest import is_done
+from pipelines.progress import Progress
+from pipelines.report import NAME as REPORT
 from pipelines.serving import preflight
 
 TERMINATED = 128 + signal.SIGTERM
@@ -36,17 +36,33 @@ SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 class RunOptions:
     """What `armd run RECIPE` takes."""
 
-    until: Literal["corpus", "train", "export", "evaluate", "deploy", "report"] = "report"
-    """Stop after this stage."""
+    until: Literal["corpus", "train", "export", "evaluate", "deploy", "report", "measure", "compare"] | None = None
+    """Stop after this stage; None: run them all."""
     root: str = "runs"
     """Folder or URI (s3://bucket/path) for the stages' directories; in a submitted job relative to the home folder."""
     debug: bool = False
     """Show the traceback of an error, and what libraries print; else that goes to run.log below a local root."""
-    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
+    recipe: Chosen = field(default_factory=Recipe)
     """The recipe, every value of which can be changed."""
 
     def __post_init__(self) -> None:
         storage.check_place(self.root, "root")
+        if self.until not in (None, *self.stages):
+            raise ValueError(f"until must be one of this recipe's stages, {', '.join(self.stages)}, not {self.until}")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The recipe's stages, in the order in which they run."""
+        return study.STAGES if isinstance(self.recipe, Study) else pipeline.STAGES
+
+    def steps(self, name: str, progress: Callable[[str], Progress]) -> list[graph.Step]:
+        """The steps that are wanted, in the order in which they run."""
+        if isinstance(self.recipe, Study):
+            steps = study.build(self.recipe, name, progress)
+        else:
+            steps = list(pipeline.build(self.recipe, name, progress).items())
+        last = self.stages.index(self.until or self.stages[-1])
+        return [step for stage, step in steps if self.stages.index(stage) <= last]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -71,9 +87,10 @@ def main(arguments: Sequence[str]) -> int:
         if "evaluate" in directories:
             print(f"\n{summary.evaluation(directories['evaluate'])}\n", flush=True)
         raise
-    if "report" in directories:
-        report = storage.join(root, "report.html")
-        storage.write_bytes(report, storage.read_bytes(storage.join(directories["report"], "report.html")))
+    for page in ("report", "compare"):
+        if page in directories:
+            report = storage.read_bytes(storage.join(directories[page], REPORT))
+            storage.write_bytes(storage.join(root, REPORT), report)
     if closing := summary.text(root, directories, arguments, chosen.recipe.train.seed, all_reused=all_reused):
         print(f"\n{closing}")
     return 0
@@ -89,8 +106,7 @@ def _bring_up_to_date(
     """
     log = None if chosen.debug else _log_file(root)
     with apart(log) as screen, Terminal(screen) as terminal:
-        steps = pipeline.build(chosen.recipe, name, terminal.progress)
-        wanted = [steps[stage] for stage in pipeline.STAGES[: pipeline.STAGES.index(chosen.until) + 1]]
+        wanted = chosen.steps(name, terminal.progress)
         _check_ahead(chosen.recipe, {step.name for step in wanted if not is_done(step.directory(root))})
         record = Record(root, name, pipeline.resolved(chosen.recipe), wanted, command)
 
@@ -117,25 +133,25 @@ def _bring_up_to_date(
     return record.all_reused
 
 
-def _check_ahead(recipe: Recipe, missing: Collection[str]) -> None:
+def _check_ahead(recipe: Recipe | Study, missing: Collection[str]) -> None:
     """Refuse before the first stage what a late one would refuse on a private cluster, and size that cluster for all.
 
     Args:
         recipe: the configuration.
-        missing: the stages that are still to be done.
+        missing: the steps that are still to be done.
 
     Raises:
         UserError: a baseline beyond the stages that take one, more workers than this machine can bear, a port in use,
             an open address without a key.
     """
-    if recipe.train.model != "armd" and {"evaluate", "deploy"} & set(missing):
+    if isinstance(recipe, Recipe) and recipe.train.model != "armd" and {"evaluate", "deploy"} & set(missing):
         raise UserError(
             f"the stages after export take an ARMD model, not the baseline {recipe.train.model}",
             "pass --until export: the manifest there holds the baseline's held-out loss",
         )
     if runtime.on_cluster():
         return
-    if "train" in missing:
+    if any(step.startswith("train") for step in missing):
         n_workers, cores = recipe.train.n_workers, os.cpu_count() or 1
         if n_workers > WORKERS_A_CORE * cores:
             raise UserError(
@@ -143,12 +159,12 @@ def _check_ahead(recipe: Recipe, missing: Collection[str]) -> None:
                 f"give --train.n-workers of at most {WORKERS_A_CORE * cores}, or set RAY_ADDRESS to a larger cluster",
             )
         runtime.reserve(n_workers + 2)  # what the driver and the data need beside them
-    if "deploy" in missing:
+    if isinstance(recipe, Recipe) and "deploy" in missing:
         preflight.check_key(recipe.deploy)
         preflight.check_port(recipe.deploy)
 
 
-def choose_recipe(name: str) -> Recipe:
+def choose_recipe(name: str) -> Recipe | Study:
     """The recipe of that name.
 
     Raises:

@@ -7,6 +7,7 @@ from jobs import pipeline
 from jobs.contestants import CONTESTANTS
 from jobs.graph import Step
 from jobs.recipes import Study
+from pipelines.compare import CompareConfig, Run
 from pipelines.progress import Progress, silent
 
 STAGES = ("corpus", "train", "export", "measure", "compare")
@@ -15,8 +16,8 @@ STAGES = ("corpus", "train", "export", "measure", "compare")
 
 def build(
     study: Study, name: str = "", progress: Callable[[str], Progress] = lambda stage: silent
-) -> dict[str, list[Step]]:
-    """The steps of `study` by stage; the steps of one seed come before those of the next.
+) -> list[tuple[str, Step]]:
+    """The stage and the step of everything that `study` runs: one model after the other, all of one seed first.
 
     Looks at the sources, since their state belongs to the corpus stage's identity; starts nothing.
 
@@ -28,29 +29,20 @@ def build(
     Raises:
         UserError: a source does not exist, or holds nothing.
     """
-    from pipelines import compare
-
     corpus = pipeline.corpus_step(study.corpus, progress)
-    steps: dict[str, list[Step]] = {stage: [] for stage in STAGES}
-    steps["corpus"].append(corpus)
-    runs = []
-    measured = {}
+    steps = [("corpus", corpus)]
+    runs, measured = [], {}
     for seed in study.seeds:
         for contestant in study.contestants:
-            which = f"{contestant}-{seed}"
+            run = f"{contestant}-{seed}"
             config = dataclasses.replace(CONTESTANTS[contestant].train(study.train), seed=seed)
-            train = pipeline.step("train", config, {"corpus": corpus}, progress, name=f"train-{which}")
-            inputs = {"corpus": corpus, "train": train}
-            export = pipeline.step("export", study.export, inputs, progress, name=f"export-{which}")
-            inputs = {"corpus": corpus, "export": export}
-            measure = pipeline.step("measure", study.measure, inputs, progress, name=f"measure-{which}")
-            for stage, step in (("train", train), ("export", export), ("measure", measure)):
-                steps[stage].append(step)
-            measured[which] = measure
-            label = CONTESTANTS[contestant].label
-            runs.append(compare.Run(contestant=contestant, label=label, seed=seed, input=which))
-    config = compare.CompareConfig(
-        title=f"armd run {name}".strip(), runs=tuple(runs), recipe=pipeline.resolved(study)
-    )
-    steps["compare"].append(pipeline.step("compare", config, {"corpus": corpus, **measured}, progress))
-    return steps
+            train = pipeline.step("train", config, {"corpus": corpus}, progress, name=f"train-{run}")
+            trained = {"corpus": corpus, "train": train}
+            export = pipeline.step("export", study.export, trained, progress, name=f"export-{run}")
+            exported = {"corpus": corpus, "export": export}
+            measure = pipeline.step("measure", study.measure, exported, progress, name=f"measure-{run}")
+            steps += [("train", train), ("export", export), ("measure", measure)]
+            runs.append(Run(contestant=contestant, label=CONTESTANTS[contestant].label, seed=seed, input=run))
+            measured[run] = measure
+    compare = CompareConfig(title=f"armd run {name}".strip(), runs=tuple(runs), recipe=pipeline.resolved(study))
+    return [*steps, ("compare", pipeline.step("compare", compare, {"corpus": corpus, **measured}, progress))]

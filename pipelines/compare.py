@@ -61,11 +61,12 @@ def run(
 
     started = time.time()
     measured = {one.input: read_manifest(inputs[one.input]) for one in config.runs}
-    body = {"contestants": gather(config.runs, measured), "commit": source_commit()}
+    contestants = gather(config.runs, measured)
+    body = {"contestants": contestants, "commit": source_commit()}
     corpus = read_manifest(inputs["corpus"])
     storage.make_dir(output_dir)
     storage.write_json(storage.join(output_dir, NAME), body)
-    storage.write_text(storage.join(output_dir, TABLE), comparison_table.markdown(body["contestants"]))
+    storage.write_text(storage.join(output_dir, TABLE), comparison_table.markdown(contestants))
     storage.write_text(storage.join(output_dir, REPORT), comparison_page.render(config, body, corpus))
     progress.update(1, 1, "tables")
     return write_manifest(output_dir, "compare", body, started)

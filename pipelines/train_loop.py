@@ -323,9 +323,10 @@ class Nats(torch.nn.Module):
 
 def _device(job: Job) -> torch.device:
     if job.device == "cpu":
-        # As many threads as the machine has for each of the workers on it.
+        # As many threads as there are cores for each of the workers on this machine. One thread more than cores would
+        # wait for its turn at the end of every operation, so only those count that this process may run on.
         neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
