@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipelines import storage
+from pipelines import comparison_table, storage
 from pipelines.manifest import read_manifest
 
 SAMPLE_CHARACTERS = 300
@@ -31,7 +31,9 @@ def text(root: str, directories: Mapping[str, str], arguments: Sequence[str], se
         blocks.append(evaluation(directories["evaluate"]))
     if "deploy" in directories:
         blocks.append("\n".join(_deployment(read_manifest(directories["deploy"]))))
-    if "report" in directories:
+    if "compare" in directories:
+        blocks.append(comparison(directories["compare"]))
+    if {"report", "compare"} & directories.keys():
         blocks.append(f"Report: {storage.redacted(storage.join(root, 'report.html'))}")
     if "export" in directories:
         armd, model = program(), shlex.quote(_shorter(storage.redacted(directories["export"])))
@@ -48,6 +50,18 @@ def text(root: str, directories: Mapping[str, str], arguments: Sequence[str], se
 def evaluation(directory: str) -> str:
     """What the finished evaluation in `directory` found."""
     return "\n".join(_evaluation(read_manifest(directory)))
+
+
+def comparison(directory: str) -> str:
+    """What the finished comparison in `directory` found: nats a token under every order, and what that says."""
+    contestants = read_manifest(directory)["contestants"]
+    head, rows = comparison_table.likelihoods(contestants)
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [
+        "  ".join(f"{cell:{'<' if place == 0 else '>'}{widths[place]}}" for place, cell in enumerate(row)).rstrip()
+        for row in (head, *rows)
+    ]
+    return "\n".join(["Held-out nats a token:", *lines, "", *comparison_table.findings(contestants)])
 
 
 def program() -> str:
