@@ -16,7 +16,7 @@ import armd
 from armd.decoder import Decoder
 from armd.rows import Work
 from jobs.benchmarks import corpus, decode, serve, train
-from jobs.benchmarks.measure import Product, forward_products
+from jobs.benchmarks.measure import Product, forward_products, peak_bytes
 from pipelines import storage
 
 B, N = 2, 8
@@ -125,6 +125,21 @@ def test_train_counts_the_tokens_of_a_step(capsys: pytest.CaptureFixture[str]) -
     for one in result["contestants"].values():
         assert one["tokens_per_second"] * one["seconds"]["median"] == pytest.approx(16)
     assert result["contestants"]["bare products"]["to_products"] == 1.0
+    assert result["contestants"]["left-to-right"]["peak_bytes"] > result["contestants"]["autoregressive"]["peak_bytes"]
+    assert result["contestants"]["left-to-right"]["flops"] > result["contestants"]["bare products"]["flops"]
+
+
+def test_the_peak_counts_what_is_alive_at_once() -> None:
+    """4,000 bytes kept, 8,000 dropped, then 6,000: 12,000 at most. Fails without the finalizer, and with views counted."""
+    device, kept = torch.device("cpu"), []
+
+    def run() -> None:
+        kept.append(torch.zeros(1000))
+        torch.zeros(2000).view(2, 1000)
+        kept[0].add_(1)
+        torch.zeros(1500)
+
+    assert peak_bytes(run, device) == 12_000
 
 
 def test_the_bare_tokenizer_has_every_core(

@@ -4,10 +4,13 @@ import json
 import platform
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 import armd
 from armd import ModelConfig
@@ -33,6 +36,47 @@ def interleaved(
             if round_:
                 seconds[name].append(time.perf_counter() - since)
     return seconds
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """Bytes of the tensors that `run` makes, at their peak; what was there before, such as weights, does not count."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with _Storages() as storages:
+        run()
+    return storages.peak
+
+
+class _Storages(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make, as long as they are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {tensor.untyped_storage().data_ptr() for tensor in tree_iter(args) if isinstance(tensor, torch.Tensor)}
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(made):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()).data_ptr() not in given:
+                self._count(storage)
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        place = storage.data_ptr()
+        if place in self._alive or not storage.nbytes():
+            return
+        self._alive[place] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, place)
+
+    def _free(self, place: int) -> None:
+        self.now -= self._alive.pop(place)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

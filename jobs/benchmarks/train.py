@@ -6,16 +6,18 @@ from typing import Literal
 
 import torch
 
-from armd import ARCHITECTURES, ARMD, AutoregressiveLM, MaskedDiffusionLM, Order
+from armd import ARCHITECTURES, ARMD, AutoregressiveLM, MaskedDiffusionLM, ModelConfig, Order
 from armd.masked_diffusion import Noise
 from armd.models import Model
 from armd.objective import Drawn, nats
 from armd.randomness import seeded
 from jobs import costs, options
-from jobs.benchmarks.measure import finish, forward_products, interleaved, products_runner, spread
+from jobs.benchmarks.measure import finish, forward_products, interleaved, peak_bytes, products_runner, spread
+from jobs.terminal import bytes_text
 
 COMMAND = "armd bench train"
 AUTOREGRESSIVE = "autoregressive"
+MASKED_DIFFUSION = "masked diffusion"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,34 +61,49 @@ def main(arguments: Sequence[str]) -> None:
     contestants: dict[str, Callable[[], object]] = {name: _step(model, tokens, order) for name, order in orders.items()}
     for name, kind, drawn in (
         (AUTOREGRESSIVE, AutoregressiveLM, None),
-        ("masked diffusion", MaskedDiffusionLM, Noise.draw(chosen.batch, chosen.length, seeded("noise")).to(device)),
+        (MASKED_DIFFUSION, MaskedDiffusionLM, Noise.draw(chosen.batch, chosen.length, seeded("noise")).to(device)),
     ):
         contestants[name] = _step(kind(config, generator=seeded("bench")).to(device, dtype), tokens, drawn)
+    memory = {name: peak_bytes(run, device) for name, run in contestants.items()}
     contestants["bare products"] = products_runner([forward + backward], device, dtype)
     seconds = interleaved(contestants, chosen.rounds, device)
-    flops = 3 * sum(2 * m * k * n for m, k, n in forward)
+    flops = {name: rows * _flops(name, config) for name in memory}
+    flops["bare products"] = 3 * sum(2 * m * k * n for m, k, n in forward)
     floor = spread(seconds["bare products"])["median"]
     baseline = spread(seconds[AUTOREGRESSIVE])["median"]
     result = {}
     print(f"{chosen.architecture}, {chosen.batch} x {chosen.length} tokens, {chosen.dtype}, n = {chosen.rounds}")
-    print(f"{'':16}{'ms a step':>12}{'tokens/s':>12}{'to products':>13}{'to AR':>8}")
+    print(f"{'':16}{'ms a step':>12}{'tokens/s':>12}{'GFLOP/s':>10}{'to products':>13}{'to AR':>8}{'peak':>10}")
     for name, values in seconds.items():
         median = spread(values)["median"]
         result[name] = {
             "seconds": spread(values),
             "tokens_per_second": rows / median,
+            "flops": flops[name],
+            "flops_per_second": flops[name] / median,
             "to_products": median / floor,
             "to_autoregressive": median / baseline,
+            "peak_bytes": memory.get(name),
         }
-        print(f"{name:16}{median * 1e3:12.1f}{rows / median:12,.0f}{median / floor:13.2f}{median / baseline:8.2f}")
+        peak = bytes_text(memory[name]) if name in memory else ""
+        print(
+            f"{name:16}{median * 1e3:12.1f}{rows / median:12,.0f}{flops[name] / median / 1e9:10,.1f}"
+            f"{median / floor:13.2f}{median / baseline:8.2f}{peak:>10}"
+        )
     allowed = costs.allowed_ratio(config)
     print(
-        f"{flops / floor / 1e9:.1f} GFLOP/s in the bare products; by its weight products ARMD costs {allowed:.2f} of AR"
+        f"by its weight products ARMD may take {allowed:.2f} of AR's time; peak: tensors of a step, without the weights"
     )
-    finish(
-        {"bench": "train", **chosen.__dict__, "product_flops": flops, "allowed_ratio": allowed, "contestants": result},
-        device,
-    )
+    finish({"bench": "train", **chosen.__dict__, "allowed_ratio": allowed, "contestants": result}, device)
+
+
+def _flops(name: str, config: ModelConfig) -> float:
+    """Operations a token that a contestant's forward and backward pass want."""
+    if name == AUTOREGRESSIVE:
+        return costs.autoregressive_flops(config).training
+    if name == MASKED_DIFFUSION:
+        return costs.masked_diffusion_flops(config).training
+    return costs.flops(config).training
 
 
 def _step(model: Model, tokens: torch.Tensor, drawn: Drawn) -> Callable[[], object]:
