@@ -1,13 +1,14 @@
 """One attention for both streams: rotary by position, a null key for the strict stream, masks by block.
 
-Both masks say the same of a query: it sees its first so many keys, and `limits` is how many (section 2.1).
+Both masks say the same of a query: it sees its first so many keys, and `limits` is how many (docs/model.md, section 2).
 
-* Causal (Mc): rank n sees the keys of block(i) <= block(n); they end at the block's end, so the limit is `block_ends`.
-* Strictly causal (Ms): rank n sees the null key and the keys of block(i) < block(n). The strict stream's keys are
-  shifted by one with the null key in front, so the limit is `block_starts + 1`. The key of the last rank falls off the
-  end, and nobody misses it: no block comes after the last.
+* Causal, equation (2): rank n sees the keys of block(i) <= block(n); they end at the block's end, so the limit is
+  `block_ends`.
+* Strictly causal, equations (3) and (8): rank n sees the null key and the keys of block(i) < block(n). The strict
+  stream's keys are shifted by one with the null key in front, so the limit is `block_starts + 1`. The key of the last
+  rank falls off the end, and nobody misses it: no block comes after the last.
 
-With one token a block both limits are n + 1, which is plain causal attention (section 2.3).
+With one token a block both limits are n + 1, which is plain causal attention.
 
 Shapes: B sequences (1 where an order is shared), H heads, N ranks, A width of a head, D model width.
 """

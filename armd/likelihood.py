@@ -2,7 +2,8 @@
 
 An order drawn uniformly for each sequence makes the model a mixture over orders, p(x) = E[p(x | order)]. With K orders
 the mean of log p(x | order) is an estimate of a lower bound on log p(x), and the log of the mean of p(x | order) of a
-tighter one, which rises towards log p(x) with K (Burda et al., arXiv 1509.00519).
+tighter one, which rises towards log p(x) with K (Burda et al., arXiv 1509.00519): equations (11) and (12) of
+docs/model.md.
 
 Shapes: B sequences, N tokens, V words, K orders.
 """

@@ -3,8 +3,9 @@
 At time t every token has been replaced by [mask] with probability t (the log-linear schedule, alpha(t) = 1 - t). A
 bidirectional transformer predicts the masked tokens, and the negative ELBO is
 
-    L = E over t of  1/t  *  sum over masked n of  -log p(x_n | tokens that are not masked)      (their equation 8)
+    L = E over t of  1/t  *  sum over masked n of  -log p(x_n | tokens that are not masked)
 
+(their equation 8; 17 in docs/model.md).
 The network is not told t (section 3.5.1 there: it can count the masks), predicts no [mask] and leaves unmasked tokens
 alone. Layers, widths, initialisation and the tied head are ARMD's.
 

@@ -1,10 +1,10 @@
 """ARMD, the auto-regressive masked diffusion model (Karami and Ghodsi, arXiv 2601.16971).
 
 A block-causal transformer that predicts every token of a text from the blocks before its own, in any order and in one
-pass:
+pass; docs/model.md has its equations:
 
-* prefix aggregation gives each rank a first query that does not know its own token (prefix.py, section 2.1);
-* the two-stream layers carry content X (causal) and query G (strictly causal) with one set of weights (section 2.2);
+* prefix aggregation gives each rank a first query that does not know its own token (prefix.py, equation 4);
+* the two-stream layers carry content X, causal, and query G, strictly causal, with one set of weights (equations 6, 7);
 * the causal layers above run on G alone, and the logits are read from G.
 
 No [mask] token, no time embedding: attention masks hide what is not yet generated. Rotary embedding by position in

@@ -19,7 +19,7 @@ from armd.order import Order
 from armd.randomness import seeded
 
 SEGMENTS = (4, 32)
-"""Lengths of the alternate segments of an infilling order, least and greatest (section 6.1)."""
+"""Lengths of the alternate segments of an infilling order, least and greatest."""
 
 
 Drawn = Order | Noise | None
@@ -27,7 +27,7 @@ Drawn = Order | Noise | None
 
 
 def nats(model: Model, tokens_BN: Tensor, drawn: Drawn) -> tuple[Tensor, int]:
-    """(sum of negative log-likelihoods in nats, number of tokens), over all N tokens of every sequence (gamma = 1).
+    """(sum of negative log-likelihoods in nats, number of tokens), equation (1) over every sequence of the batch.
 
     ARMD's is computed in rank order: the logits are the largest tensor there is and are never permuted. The baselines
     bring their own: exact, or an estimate of the ELBO.
@@ -44,10 +44,10 @@ def nats(model: Model, tokens_BN: Tensor, drawn: Drawn) -> tuple[Tensor, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Which order at which step (section 3); fields as in the training configuration.
+    """Which order at which step (docs/model.md, section 3); fields as in the training configuration.
 
-    Progressive permutation for `steps` steps, into which strided and infilling steps may be mixed (section 6.1), then
-    strided fine-tuning.
+    Progressive permutation for `steps` steps, into which strided and infilling steps may be mixed, then strided
+    fine-tuning.
     """
 
     steps: int
@@ -85,7 +85,9 @@ class Schedule:
         return "infilling" if drawn < self.strided_share + self.infilling_share else "progressive"
 
     def n_shuffled(self, step: int) -> int:
-        """Ranks shuffled at `step`: 0 for i_ar steps, then linearly up to rho at i_perm; 0 in other kinds of order."""
+        """Ranks shuffled at `step`, equation (10): 0 for i_ar steps, then linearly up to rho at i_perm.
+
+        0 in other kinds of order."""
         if step < self.ar_steps or self.kind(step) != "progressive":
             return 0
         if step >= self.permutation_steps:

@@ -1,8 +1,8 @@
 """Orders: which position is generated at which rank, and which ranks are generated together.
 
 Position is where a token stands in the text; rank is its place in the order of generation; a block is a run of ranks
-generated in one step. Everything the model knows about an order is two integer arrays and one number (section 3 of the
-specification), so a new order needs no change to the model.
+generated in one step. Everything the model knows about an order is two integer arrays and one number, so a new order
+needs no change to the model (docs/model.md, section 3).
 """
 
 from collections.abc import Sequence
@@ -124,7 +124,7 @@ class Order:
 
     @property
     def one_by_one(self) -> bool:
-        """True when every block is a single token; then plain causal kernels serve (section 2.3)."""
+        """True when every block is a single token; then plain causal kernels serve (docs/model.md, section 2.3)."""
         return self.largest_block == 1
 
     @property

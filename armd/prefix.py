@@ -1,9 +1,9 @@
-"""Prefix aggregation: the first query that knows the earlier blocks and nothing of its own token (section 2.1).
+"""Prefix aggregation: the first query that knows the earlier blocks and nothing of its own token.
 
-    G0[n] = sum over i with block(i) < block(n) of <P[n], P[i]> X[i]          (the paper's prefix aggregation)
+    G0[n] = sum over i with block(i) < block(n) of <P[n], P[i]> X[i]          (equation 4 of docs/model.md)
 
-where P[n] is the position table's row for the position at rank n. It is linear attention: written over chunks of ranks
-its memory is linear in N, written as a recurrence it costs one rank-one update a token.
+where P[n] is the position table's row for the position at rank n. It is linear attention: written over chunks of ranks,
+equation (5), its memory is linear in N; written as a recurrence it costs one rank-one update a token.
 
 Shapes: B sequences (1 where an order is shared), N ranks, D model width, E width of the position table, K chunks of C
 ranks, W ranks of a window.

@@ -1,7 +1,7 @@
 """What a study compares: the baselines, the paper's recipes of ARMD, and recipes beyond the paper.
 
 Each is a function of the study's training configuration that keeps data, batch and the whole number of steps, and
-changes the model or the schedule of orders (sections 3 and 6.1 of the specification).
+changes the model or the schedule of orders (docs/model.md, section 3).
 """
 
 import dataclasses

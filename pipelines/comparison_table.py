@@ -44,7 +44,7 @@ def gaps(contestants: Sequence[Mapping[str, Any]]) -> tuple[Row, list[Row]]:
 
 
 def findings(contestants: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line for each thing that the paper or the specification expects and this study can tell."""
+    """One line for each thing that the paper expects and this study can tell."""
     by_name = {one["name"]: one for one in contestants}
     lines = []
     baseline = by_name.get("autoregressive")

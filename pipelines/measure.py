@@ -1,6 +1,6 @@
 """The measurements of a comparison: one exported model of any kind, on held-out windows, under every order.
 
-The cost of writing in parallel has two parts (section 6.1 of the specification). The order gap is what the strided
+The cost of writing in parallel has two parts (docs/model.md, section 6). The order gap is what the strided
 order costs with one token a block, against left to right; the independence gap is what its blocks cost on top of that.
 A stream that begins without left context costs c nats, so that S streams in a text of N tokens cost c (S - 1) / N nats
 a token: `cost_of_a_stream` is c. `by_place` shows where in a stream it is paid, and what is bought back.

@@ -130,7 +130,7 @@ def test_train_counts_the_tokens_of_a_step(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_peak_counts_what_is_alive_at_once() -> None:
-    """4,000 bytes kept, 8,000 dropped, then 6,000: 12,000 at most. Fails without the finalizer, and with views counted."""
+    """4,000 bytes kept, 8,000 dropped, then 6,000: 12,000 at most. Fails without the finalizer."""
     device, kept = torch.device("cpu"), []
 
     def run() -> None:

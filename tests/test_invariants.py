@@ -1,4 +1,4 @@
-"""The specification's invariants 1 to 4 (section 7); 5 and 6 are the engine's. Each was seen to fail.
+"""The first four invariants of docs/model.md, section 8; the others are the engine's. Each was seen to fail.
 
 Every docstring names the line that was broken to see it.
 """
