@@ -192,7 +192,7 @@ def replicate() -> Study:
 
     Command: armd run replicate --corpus.sources FILES
     Hardware: 2 CPU cores, 4 GB of memory; no network, no GPU.
-    Time: 90 minutes; 2.2M parameters, 14 runs of 1.2M tokens; it can be stopped and started again at any moment.
+    Time: 90 minutes; 2.2M parameters, 14 runs of 0.9M tokens; it can be stopped and started again at any moment.
     Expect: see docs/benchmarks.md, where the table stands with its spread.
     """
     return Study(
@@ -202,10 +202,10 @@ def replicate() -> Study:
             batch_size=8,
             micro_batch_size=4,
             n_workers=2,
-            steps=840,
-            strided_steps=360,
-            ar_steps=24,
-            permutation_steps=144,
+            steps=630,
+            strided_steps=270,
+            ar_steps=18,
+            permutation_steps=108,
             learning_rate=3e-3,
             warmup_steps=100,
             log_every=25,
