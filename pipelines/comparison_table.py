@@ -28,7 +28,7 @@ def gaps(contestants: Sequence[Mapping[str, Any]]) -> tuple[Row, list[Row]]:
     head = ["", "S", "perplexity above S=1", "order gap", "independence gap", "c, nats a stream"]
     rows = []
     for one in contestants:
-        for name, measured in one["streams"].items():
+        for name, measured in _streams(one):
             above = difference(measured["nats_per_token"], one["left_to_right"])
             rows.append(
                 [
@@ -67,7 +67,7 @@ def findings(contestants: Sequence[Mapping[str, Any]]) -> list[str]:
         orders = [("left to right", mixed["left_to_right"], paper["left_to_right"])]
         orders += [
             (f"S={name}", mixed["streams"][name]["nats_per_token"], paper["streams"][name]["nats_per_token"])
-            for name in mixed["streams"]
+            for name, _ in _streams(mixed)
         ]
         said = ", ".join(f"{name} {with_spread(difference(a, b), sign=True)}" for name, a, b in orders)
         lines.append(f"The mixed recipe against rho=8 and a strided phase, nats a token: {said}.")
@@ -93,7 +93,8 @@ def with_spread(found: Mapping[str, Any] | None, digits: int = 3, *, sign: bool 
     """1.746 +- 0.004; the mean alone where there is one seed, nothing where nothing was measured."""
     if found is None:
         return ""
-    mean = f"{found['mean']:{'+' if sign else ''}.{digits}f}"
+    rounded = round(found["mean"], digits) + 0.0  # no "-0.000"
+    mean = f"{rounded:{'+' if sign else ''}.{digits}f}"
     return mean if found["deviation"] is None else f"{mean} +- {found['deviation']:.{digits}f}"
 
 
@@ -106,6 +107,11 @@ def _within(one: Mapping[str, Any]) -> list[str]:
             verdict = "within" if share <= most else "more than"
             lines.append(f"{one['label']}: S={name} costs {share:+.1%} perplexity, {verdict} the {most:.0%} expected.")
     return lines
+
+
+def _streams(one: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What was measured for every S, ascending; a manifest's JSON sorts its keys as words."""
+    return sorted(one["streams"].items(), key=lambda item: int(item[0]))
 
 
 def _stream_names(contestants: Sequence[Mapping[str, Any]]) -> list[str]:
