@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 PLACES_OF = "4"
 """The number of streams whose curve by place is drawn, if it was measured."""
 
+UNTAUGHT = 0.5
+"""Nats a token that the fewest streams may cost; a model above it was taught none, and would flatten the charts."""
+
+_DASHES = ((0, (4, 3)), (0, (1, 2)), (0, (6, 2, 1, 2)))
+
 
 def render(config: "CompareConfig", body: Mapping[str, Any], corpus: Mapping[str, Any]) -> str:
     """The page. Pure: the same arguments give the same text."""
@@ -28,7 +33,7 @@ def render(config: "CompareConfig", body: Mapping[str, Any], corpus: Mapping[str
         likelihoods_note=escape(
             "Nats a token; lower is better. S streams are scored in the order and the blocks in which they are "
             "written. Random orders: the mean over orders, and the tighter importance-weighted bound. Mean and "
-            "standard deviation over seeds."
+            "standard deviation over seeds. A model that was taught no streams is in the tables alone."
         ),
         likelihoods_chart=_likelihoods_chart(contestants),
         likelihoods_table=_html(*by_order),
@@ -61,20 +66,20 @@ def _html(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _likelihoods_chart(contestants: Sequence[Mapping[str, Any]]) -> str:
-    """Nats a token against S; models that write left to right only are lines across."""
-    names = sorted({name for one in contestants for name in one["streams"]}, key=int)
-    styles = _styles(contestants)
+    """Nats a token against S; models without streams are lines across."""
+    across = [one for one in contestants if not one["streams"]]
+    curves = _taught(contestants)
+    names = sorted({name for one in curves for name in one["streams"]}, key=int)
 
     def draw(figure: Any, narrow: bool) -> None:
         axes = figure.subplots()
-        for one in contestants:
-            if not one["streams"]:
-                level = one["left_to_right"] or one["elbo"]
-                colour, _ = styles[one["name"]]
-                axes.axhline(level["mean"], color=colour, linewidth=1.2, linestyle=(0, (4, 3)), label=one["label"])
-                continue
+        for place, one in enumerate(across):
+            level = (one["left_to_right"] or one["elbo"])["mean"]
+            dashes = _DASHES[place % len(_DASHES)]
+            axes.axhline(level, color=MUTED, linewidth=1.2, linestyle=dashes, label=one["label"])
+        for place, one in enumerate(curves):
             points = [one["left_to_right"], *(one["streams"][name]["nats_per_token"] for name in names)]
-            colour, marker = styles[one["name"]]
+            colour, marker = LINE_STYLES[place % len(LINE_STYLES)]
             axes.errorbar(
                 range(len(points)),
                 [point["mean"] for point in points],
@@ -97,18 +102,16 @@ def _likelihoods_chart(contestants: Sequence[Mapping[str, Any]]) -> str:
 
 def _places_chart(contestants: Sequence[Mapping[str, Any]]) -> str:
     """What a stream has cost so far, against the place in it."""
-    drawn = [one for one in contestants if PLACES_OF in one["streams"]]
+    drawn = [one for one in _taught(contestants) if PLACES_OF in one["streams"]]
     if not drawn:
         return ""
-    styles = _styles(contestants)
 
     def draw(figure: Any, narrow: bool) -> None:
         axes = figure.subplots()
-        for one in drawn:
+        for place, one in enumerate(drawn):
             costs = one["streams"][PLACES_OF]["by_place"]
-            axes.plot(
-                range(1, len(costs) + 1), list(accumulate(costs)), color=styles[one["name"]][0], label=one["label"]
-            )
+            colour, _ = LINE_STYLES[place % len(LINE_STYLES)]
+            axes.plot(range(1, len(costs) + 1), list(accumulate(costs)), color=colour, label=one["label"])
         axes.set_xlabel("place in the stream")
         axes.set_ylabel("nats so far")
         axes.set_ylim(bottom=0)
@@ -122,6 +125,10 @@ def _places_chart(contestants: Sequence[Mapping[str, Any]]) -> str:
     return chart("places", label, draw, wide=(8.8, 3.4), narrow=(4.2, 4.2))
 
 
-def _styles(contestants: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each contestant, the same in every chart."""
-    return {one["name"]: LINE_STYLES[place % len(LINE_STYLES)] for place, one in enumerate(contestants)}
+def _taught(contestants: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those that write in streams; each keeps its colour from chart to chart."""
+    return [
+        one
+        for one in contestants
+        if one["streams"] and min(each["order_gap"]["mean"] for each in one["streams"].values()) < UNTAUGHT
+    ]
