@@ -60,10 +60,6 @@ class Layer(nn.Module):
         return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
 
 
-QUIET = 0.02
-"""Size at the start of what enters the first layer: what the layers add soon outweighs it."""
-
-
 def initialise(model: nn.Module, n_layers: int, generator: torch.Generator | None = None) -> None:
     """Draw all weights, in the order of `named_parameters`.
 
@@ -73,20 +69,17 @@ def initialise(model: nn.Module, n_layers: int, generator: torch.Generator | Non
     | projections                        | normal, 1 / sqrt(columns in)                                        |
     | out and MLP-out projections        | that, divided by sqrt(2 n_layers): the residual stream is their sum |
     | position table                     | sines and cosines of unit norm a row                                |
-    | norm of the first query            | 0.02: the query stream starts as quiet as the content stream        |
-    | other norms                        | one                                                                 |
+    | norms                              | one                                                                 |
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name == "query_norm.weight":
-                parameter.fill_(QUIET)
-            elif "norm" in name:
+            if "norm" in name:
                 parameter.fill_(1.0)
             elif name == "prefix_table":
                 parameter.copy_(sinusoids(*parameter.shape))
             else:
                 is_projection = parameter.ndim == 2 and "layers" in name
-                deviation = parameter.shape[1] ** -0.5 if is_projection else QUIET
+                deviation = parameter.shape[1] ** -0.5 if is_projection else 0.02
                 if name.endswith(("out.weight", "mlp_out.weight")):
                     deviation /= math.sqrt(2 * n_layers)
                 nn.init.normal_(parameter, std=deviation, generator=generator)
