@@ -8,7 +8,7 @@ import pytest
 
 from armd.config import ARCHITECTURES
 from jobs import pipeline
-from jobs.recipes import RECIPES, Recipe
+from jobs.recipes import RECIPES, Recipe, Study
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -22,7 +22,7 @@ def test_a_recipe_states_command_hardware_time_and_expectation(name: str) -> Non
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_whole_frozen_and_json(name: str) -> None:
     recipe = RECIPES[name]()
-    assert isinstance(recipe, Recipe)
+    assert isinstance(recipe, Recipe | Study)
     with pytest.raises(dataclasses.FrozenInstanceError):
         recipe.train.steps = 1  # type: ignore[misc]
     plain = pipeline.resolved(recipe)
