@@ -49,8 +49,6 @@ def build(
             measured[which] = measure
             label = CONTESTANTS[contestant].label
             runs.append(compare.Run(contestant=contestant, label=label, seed=seed, input=which))
-    config = compare.CompareConfig(
-        title=f"armd run {name}".strip(), runs=tuple(runs), recipe=pipeline.resolved(study)
-    )
+    config = compare.CompareConfig(title=f"armd run {name}".strip(), runs=tuple(runs), recipe=pipeline.resolved(study))
     steps["compare"].append(pipeline.step("compare", config, {"corpus": corpus, **measured}, progress))
     return steps

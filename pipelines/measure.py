@@ -93,7 +93,9 @@ def measure(config: MeasureConfig, inputs: Mapping[str, str], progress: Progress
     with tempfile.TemporaryDirectory(prefix="armd-") as cache, local_model(inputs["export"]) as folder:
         model, tokenizer = load_any(folder, device=device)
         held_out.check_tokenizer(inputs["corpus"], tokenizer, inputs["export"])
-        windows = torch.from_numpy(held_out.windows(inputs["corpus"], config.max_windows, cache, spread=True)).to(device)
+        windows = torch.from_numpy(held_out.windows(inputs["corpus"], config.max_windows, cache, spread=True)).to(
+            device
+        )
         scorer = _Scorer(config, windows, progress)
         if isinstance(model, ARMD):
             found = scorer.armd(model)

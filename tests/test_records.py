@@ -12,6 +12,7 @@ import pytest
 import zstandard
 
 from pipelines import storage
+from pipelines.corpus_config import Reading
 from pipelines.errors import UserError
 from pipelines.records import Record, read_records
 from pipelines.sources import InputFile, input_files
@@ -24,10 +25,10 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-def read(folder: Path, name: str, data: bytes, field: str = "text") -> list[Record]:
+def read(folder: Path, name: str, data: bytes, field: str = "text", **reading: str) -> list[Record]:
     (folder / name).write_bytes(data)
     (file,) = input_files([str(folder / name)])
-    return list(read_records(file, field))
+    return list(read_records(file, Reading(text_field=field, **reading)))
 
 
 def parquet(table: pa.Table, **options: object) -> bytes:
@@ -175,7 +176,7 @@ def test_file_that_vanished_is_reported(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("text")
     (file,) = input_files([str(tmp_path / "x.txt")])
     (tmp_path / "x.txt").unlink()
-    assert list(read_records(file, "text")) == [Record(line=0, reason="cannot be opened: No such file or directory")]
+    assert list(read_records(file, Reading())) == [Record(line=0, reason="cannot be opened: No such file or directory")]
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.txt.gz", "x.jsonl.zst", "x.parquet"])
@@ -188,4 +189,4 @@ def test_a_failing_disk_is_not_a_bad_record(tmp_path: Path, monkeypatch: pytest.
     kind, _, compression = name.removeprefix("x.").partition(".")
     file = InputFile(uri=str(tmp_path / name), name="", format=kind, compression=compression, size=1000, version="")
     with pytest.raises(UserError, match=f"reading .*{name} failed: Input/output error"):
-        list(read_records(file, "text"))
+        list(read_records(file, Reading()))

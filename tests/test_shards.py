@@ -10,7 +10,9 @@ import pytest
 
 from armd.tokenizer import Tokenizer
 from pipelines import shards, storage
-from pipelines.shards import UnitSettings, is_held_out, make_unit, packed_counts, token_dtype, unit_key, unpacked_counts
+from pipelines.corpus_config import Reading
+from pipelines.shard_file import packed_counts, token_dtype, unpacked_counts
+from pipelines.shards import UnitSettings, is_held_out, make_unit, unit_key
 from pipelines.sources import Unit, input_files
 
 TEXTS = [f"document number {number} says {'word ' * (number % 7)}" for number in range(60)]
@@ -36,7 +38,7 @@ def read(source: Path, validation_fraction: float = 0.3) -> Unit:
 
 
 def settings(tmp_path: Path, tokenizer: Tokenizer, **changes: object) -> UnitSettings:
-    values: dict = {"output_dir": str(tmp_path / "out"), "tokenizer_json": tokenizer.to_json(), "text_field": "text"}
+    values: dict = {"output_dir": str(tmp_path / "out"), "tokenizer_json": tokenizer.to_json()}
     return UnitSettings(**{**values, **changes})
 
 
@@ -54,7 +56,7 @@ def test_shards_are_the_documents_in_order(
 ) -> None:
     monkeypatch.setattr(shards, "_BATCH_CHARACTERS", batch)
     record = make_unit(unit, settings(tmp_path, tokenizer))
-    assert record["documents"] == {"read": 62, "used": 60, "empty": 1, "quarantined": 1}
+    assert record["documents"] == {"read": 62, "used": 60, "empty": 1, "duplicate": 0, "quarantined": 1}
     assert record["quarantine"] == [
         {
             "source": unit.files[0].uri,
@@ -114,7 +116,7 @@ def test_key_follows_everything_that_shards_depend_on(tmp_path: Path, tokenizer:
         unit_key(unit, config),
         unit_key(replace(unit, files=unit.files[1:]), config),
         unit_key(unit, settings(tmp_path, other)),
-        unit_key(unit, settings(tmp_path, tokenizer, text_field="body")),
+        unit_key(unit, settings(tmp_path, tokenizer, reading=Reading(text_field="body"))),
         unit_key(replace(unit, validation_fraction=0.2), config),
     }
     os.utime(unit.files[0].uri, ns=(5, 5))
@@ -138,7 +140,7 @@ def test_a_failing_unit_leaves_no_record_and_no_scratch(
 def test_unit_without_text_has_no_shards(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "x.txt").write_text(" \n")
     record = make_unit(read(tmp_path / "x.txt"), settings(tmp_path, tokenizer))
-    assert record["documents"] == {"read": 1, "used": 0, "empty": 1, "quarantined": 0}
+    assert record["documents"] == {"read": 1, "used": 0, "empty": 1, "duplicate": 0, "quarantined": 0}
     assert [record["splits"][split]["shards"] for split in shards.SPLITS] == [[], []]
     assert make_unit(read(tmp_path / "x.txt"), settings(tmp_path, tokenizer)) == record
 

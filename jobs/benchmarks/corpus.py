@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
         record.text
         for unit in corpus.work_units(chosen.corpus)
         for file in unit.files
-        for record in read_records(file, chosen.corpus.text_field)
+        for record in read_records(file, chosen.corpus.reading)
         if record.text
     ]
     n_bytes = sum(len(text.encode()) for text in documents)
