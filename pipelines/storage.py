@@ -191,7 +191,8 @@ def read_bytes(uri: str) -> bytes:
     if is_local(uri):
         return Path(absolute(uri)).read_bytes()
     filesystem, path = _remote(uri)
-    return bytes(filesystem.cat_file(path))
+    with _named("reading", uri):
+        return bytes(filesystem.cat_file(path))
 
 
 def read_text(uri: str) -> str:
@@ -213,7 +214,8 @@ def write_bytes(uri: str, data: bytes) -> None:
     """Write the file whole or not at all, with the folders above it."""
     if not is_local(uri):
         filesystem, path = _remote(uri)
-        filesystem.pipe_file(path, data)
+        with _named("writing", uri):
+            filesystem.pipe_file(path, data)
         return
     with _replacing(absolute(uri)) as temporary, open(temporary, "wb") as file:
         file.write(data)
@@ -238,7 +240,8 @@ def put_file(local_path: str, uri: str) -> None:
     """Move a finished local file to `uri`, where it appears whole or not at all; `local_path` is gone afterwards."""
     if not is_local(uri):
         filesystem, path = _remote(uri)
-        filesystem.put_file(local_path, path)
+        with _named("writing", uri):
+            filesystem.put_file(local_path, path)
         os.unlink(local_path)
         return
     target = absolute(uri)
@@ -305,6 +308,18 @@ def fetch_file(uri: str, cache_dir: str) -> str:
     return target
 
 
+def download(uri: str, path: str) -> None:
+    """Copy a file of an object store to the local `path`, whose folder exists.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: it cannot be read; names it.
+    """
+    filesystem, remote = _remote(uri)
+    with _named("reading", uri):
+        filesystem.get_file(remote, path)
+
+
 def sha256_bytes(data: bytes) -> str:
     """SHA-256 of `data`, hexadecimal."""
     return hashlib.sha256(data).hexdigest()
@@ -352,6 +367,26 @@ def _remote(uri: str) -> tuple[Any, str]:
             "check the URI's scheme; s3:// works, others need their fsspec package",
         ) from None
     return filesystem, path
+
+
+@contextlib.contextmanager
+def _named(doing: str, uri: str) -> Iterator[None]:
+    """An object store's failure as an error that names the place; every store has exceptions of its own.
+
+    Raises:
+        FileNotFoundError: as the store says.
+        UserError: for anything else.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise UserError(
+            redacted(f"{doing} {uri} failed: {reason}"),
+            "check the credentials and the store; then run the same command again: what is done stays done",
+        ) from None
 
 
 def _fixed_folder(pattern: str) -> str:

@@ -21,6 +21,7 @@ from pipelines.corpus_config import CorpusConfig
 from pipelines.corpus_tasks import in_tasks
 from pipelines.errors import UserError
 from pipelines.manifest import verify_files
+from pipelines.shard_cache import ShardCache
 from pipelines.sources import InputFile, Unit, input_files, work_units
 from pipelines.windows import WindowIndex
 
@@ -489,7 +490,7 @@ def test_object_store_in_and_out(tmp_path: Path, source: str, in_process: None, 
     assert manifest["splits"] == local["splits"]
     assert storage.list_names(out) == ["manifest.json", "quarantine.jsonl", "shards", "tokenizer.json", "units"]
     verify_files(out, manifest["splits"]["train"]["shards"])
-    index = WindowIndex(out, "train", str(tmp_path / "cache"))
+    index = WindowIndex(out, "train", ShardCache(str(tmp_path / "cache")))
     expected = WindowIndex(str(tmp_path / "local"), "train")
     assert index[7].tolist() == expected[7].tolist()
     storage.remove_tree(f"{out}/manifest.json")

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pipelines import storage
 from pipelines.errors import UserError
 from pipelines.manifest import write_manifest
+from pipelines.shard_cache import ShardCache
 from pipelines.windows import Permutation, WindowIndex
 
 
@@ -92,11 +93,11 @@ def test_remote_shards_are_fetched_once(tmp_path) -> None:
     remote.put(str(tmp_path / "local"), "/windows-corpus", recursive=True)
     cache = tmp_path / "cache"
     try:
-        index = WindowIndex("memory://windows-corpus", "train", str(cache))
+        index = WindowIndex("memory://windows-corpus", "train", ShardCache(str(cache)))
         np.testing.assert_array_equal(index[2], stream[16:24])
-        assert len(list(cache.iterdir())) == 2
+        assert len(list(cache.glob("*.npy"))) == 2
         np.testing.assert_array_equal(index[3], stream[24:32])
-        assert len(list(cache.iterdir())) == 2
+        assert len(list(cache.glob("*.npy"))) == 2
     finally:
         remote.rm("/windows-corpus", recursive=True)
 
