@@ -99,8 +99,8 @@ def summary(config: CorpusConfig, tokenizer: Tokenizer, tally: Tally, output_dir
 
 
 def quarantine_reasons(tally: Tally) -> dict[str, int]:
-    """Quarantined records by the kind of reason, the most frequent first."""
-    return dict(Counter(entry["reason"].partition(":")[0] for entry in tally.quarantine).most_common())
+    """Quarantined records by the kind of reason."""
+    return dict(Counter(entry["reason"].partition(":")[0] for entry in tally.quarantine))
 
 
 def _split(config: CorpusConfig, tally: Tally, split: str) -> dict[str, Any]:

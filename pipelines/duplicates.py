@@ -59,13 +59,14 @@ def without_duplicates(units: Sequence[Unit], output_dir: str, paths: Sequence[s
 
 
 def later_copies(hashes: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """For each array of hashes, (n, 2) uint64, the ascending places that hold a hash seen before, in it or earlier."""
-    everything = np.concatenate(hashes) if hashes else np.empty((0, 2), dtype=np.uint64)
+    """For each of one or more arrays of hashes, (n, 2) uint64, the places that repeat a hash, of it or of an earlier one.
+
+    Ascending; the first place that holds a hash is not among them.
+    """
+    everything = np.concatenate(hashes)
     order = np.lexsort((everything[:, 1], everything[:, 0]))  # stable: equal hashes stay in the order of the plan
     ordered = everything[order]
     again = np.sort(order[1:][(ordered[1:] == ordered[:-1]).all(axis=1)])
-    ends = np.cumsum([len(one) for one in hashes])
-    cuts = np.searchsorted(again, ends)
-    starts = [0, *ends[:-1]]
-    pieces = np.split(again, cuts[:-1]) if len(hashes) else []
+    starts = np.cumsum([0, *(len(one) for one in hashes[:-1])])
+    pieces = np.split(again, np.searchsorted(again, starts[1:]))
     return [piece - start for piece, start in zip(pieces, starts, strict=True)]

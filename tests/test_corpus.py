@@ -338,6 +338,53 @@ def test_quarantine_is_written_and_counted(tmp_path: Path, source: str, in_proce
     assert (tmp_path / "strict" / "quarantine.jsonl").read_text().count("\n") == 2
 
 
+def test_duplicates_are_dropped_by_choice_and_counted(tmp_path: Path, source: str, in_process: None) -> None:
+    texts = documents_of(source)
+    repeated = [texts[3], texts[150], "a new one", texts[3]]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in repeated)
+    Path(source, "9a.jsonl").write_text(lines + "{torn\n\n" + '{"text": " "}\n')
+    config = small(source, max_quarantined=0.1)
+    kept = corpus.run(config, {}, str(tmp_path / "all"))
+    assert kept["documents"] == {"read": 206, "used": 204, "empty": 1, "duplicate": 0, "quarantined": 1}
+    manifest = corpus.run(replace(config, drop_duplicates=True), {}, str(tmp_path / "out"))
+    assert manifest["documents"] == {"read": 206, "used": 201, "empty": 1, "duplicate": 3, "quarantined": 1}
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    for split, held_out in (("train", False), ("validation", True)):
+        pieces = tokenizer.decode(stream_of(tmp_path / "out", manifest, split)).split(tokenizer.eos_token)
+        assert pieces == [*(text for text in [*texts, "a new one"] if shards.is_held_out(text, 0.2) == held_out), ""]
+    assert not (tmp_path / "out" / "hashes").exists()
+
+
+def test_the_manifest_tells_what_the_corpus_is_like(tmp_path: Path, source: str, in_process: None) -> None:
+    texts = documents_of(source)
+    bad = b'{"text": "torn\n{"text": "\xff"}\n{"text": 1}\n{"text"\n'
+    Path(source, "x.jsonl").write_bytes(bad)
+    manifest = corpus.run(small(source, max_quarantined=0.1), {}, str(tmp_path / "out"))
+    assert manifest["quarantine_reasons"] == {"not JSON": 2, "not UTF-8": 1, "field 'text' is not text but int": 1}
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    training = [text for text in texts if not shards.is_held_out(text, 0.2)]
+    lengths = Counter((len(tokenizer.encode(text)) + 1).bit_length() for text in training)
+    found = manifest["splits"]["train"]["lengths"]
+    assert {size: count for size, count in enumerate(found) if count} == lengths
+    expected = sorted((storage.sha256_bytes(text.encode())[:16], text) for text in training)[:10]
+    assert [sample["hash"] for sample in manifest["samples"]] == [digest for digest, _ in expected]
+    for sample, (_, text) in zip(manifest["samples"], expected, strict=True):
+        assert sample["tokens"] == len(tokenizer.encode(text)) + 1
+        shown = "".join(sample["shown"])
+        assert shown == (text + tokenizer.eos_token)[: len(shown)]
+        assert len(sample["shown"]) == min(160, sample["tokens"])
+
+
+def test_samples_show_characters_whole(tmp_path: Path, in_process: None) -> None:
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text(f"\u4e00\u4e8c {chr(0x4E00 + number)} \U0001f600 x{number}")
+    manifest = corpus.run(small(str(tmp_path / "*.txt"), vocab_size=257, sequence_length=4), {}, str(tmp_path / "out"))
+    for sample in manifest["samples"]:
+        assert "\u4e00" in sample["shown"]
+        assert "\U0001f600" in sample["shown"]
+        assert "\ufffd" not in "".join(sample["shown"])
+
+
 BAD: list[tuple[str, Files, dict, str, str]] = [
     ("missing", {}, {}, "does not exist", "--corpus.sources"),
     ("blank", {"x.txt": b" \n\t"}, {}, "hold no text", "--corpus.sources"),
