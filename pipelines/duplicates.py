@@ -59,7 +59,7 @@ def without_duplicates(units: Sequence[Unit], output_dir: str, paths: Sequence[s
 
 
 def later_copies(hashes: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """For each of one or more arrays of hashes, (n, 2) uint64, the places that repeat a hash, of it or of an earlier one.
+    """For each of one or more arrays of hashes, (n, 2) uint64, the places that repeat a hash of it or of an earlier.
 
     Ascending; the first place that holds a hash is not among them.
     """
