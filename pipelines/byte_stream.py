@@ -34,7 +34,7 @@ class Reader(io.RawIOBase):
         view = memoryview(buffer).cast("B")
         try:
             data = self._file.read(len(view))
-        except OSError as error:
+        except Exception as error:  # every object store has exceptions of its own
             raise UserError(
                 storage.redacted(f"reading {self._uri} failed: {first_line(error)}"),
                 "run the same command again; what is done stays done",

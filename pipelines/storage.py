@@ -91,7 +91,8 @@ def exists(uri: str) -> bool:
     if is_local(uri):
         return os.path.exists(absolute(uri))
     filesystem, path = _remote(uri)
-    return bool(filesystem.exists(path))
+    with _named("looking for", uri):
+        return bool(filesystem.exists(path))
 
 
 def isdir(uri: str) -> bool:
@@ -99,7 +100,8 @@ def isdir(uri: str) -> bool:
     if is_local(uri):
         return os.path.isdir(absolute(uri))
     filesystem, path = _remote(uri)
-    return bool(filesystem.isdir(path))
+    with _named("looking for", uri):
+        return bool(filesystem.isdir(path))
 
 
 def list_names(folder: str) -> list[str]:
@@ -111,10 +113,9 @@ def list_names(folder: str) -> list[str]:
             names = []
     else:
         filesystem, path = _remote(folder)
-        try:
+        found: list[str] = []
+        with contextlib.suppress(FileNotFoundError), _named("listing", folder):
             found = [name.rstrip("/") for name in filesystem.ls(path, detail=False)]
-        except FileNotFoundError:
-            found = []
         names = [name.rsplit("/", 1)[-1] for name in found if name != path.rstrip("/")]
     return sorted(name for name in names if not _TEMPORARY.match(name))
 
@@ -163,7 +164,7 @@ def remove_tree(uri: str) -> None:
     """Remove the folder or file and all below it; nothing happens where it is missing."""
     if not is_local(uri):
         filesystem, path = _remote(uri)
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), _named("removing", uri):
             filesystem.rm(path, recursive=True)
         return
     path = absolute(uri)
@@ -178,8 +179,9 @@ def open_read(uri: str) -> IO[bytes]:
     if is_local(uri):
         return open(absolute(uri), "rb")
     filesystem, path = _remote(uri)
-    file: IO[bytes] = filesystem.open(path, "rb")
-    return file
+    with _named("reading", uri):
+        file: IO[bytes] = filesystem.open(path, "rb")
+        return file
 
 
 def read_bytes(uri: str) -> bytes:
@@ -328,7 +330,7 @@ def sha256_bytes(data: bytes) -> str:
 def sha256_file(uri: str) -> str:
     """SHA-256 of a file's content, hexadecimal; a remote file is read through, not kept."""
     digest = hashlib.sha256()
-    with open_read(uri) as file:
+    with open_read(uri) as file, contextlib.nullcontext() if is_local(uri) else _named("reading", uri):
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
@@ -379,7 +381,7 @@ def _named(doing: str, uri: str) -> Iterator[None]:
     """
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, UserError):
         raise
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
