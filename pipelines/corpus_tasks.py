@@ -11,10 +11,13 @@ from pipelines.errors import UserError
 from pipelines.sources import InputFile, Unit
 
 
-def in_tasks(function: Callable[[Unit], dict[str, Any]], units: Sequence[Unit]) -> Iterator[tuple[int, dict[str, Any]]]:
+def in_tasks(
+    function: Callable[[Unit], dict[str, Any]], units: Sequence[Unit], cpus: float = 1
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """(index, `function` of the unit) for each unit as it is finished, in any order; the largest are begun first.
 
-    `function` can be pickled and gives what JSON can hold. It is called again where a process or a machine dies.
+    `function` can be pickled and gives what JSON can hold. It is called again where a process or a machine dies. A task
+    takes `cpus` of the cluster's CPUs.
 
     Raises:
         UserError: as `function` does.
@@ -29,7 +32,7 @@ def in_tasks(function: Callable[[Unit], dict[str, Any]], units: Sequence[Unit]) 
     largest_first = sorted(range(len(units)), key=lambda index: -sizes[index])
     items = [{"index": index, "unit": json.dumps(asdict(units[index]))} for index in largest_first]
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    for row in dataset.map(functools.partial(_run, function=function), num_cpus=1).iter_rows():
+    for row in dataset.map(functools.partial(_run, function=function), num_cpus=cpus).iter_rows():
         if row["error"]:
             raise UserError(*json.loads(row["error"]))
         yield row["index"], json.loads(row["result"])
