@@ -28,7 +28,8 @@ class CorpusConfig:
     """
 
     sources: tuple[str, ...] = ("python-docs",)
-    """Files (.txt .md .jsonl .parquet, plain or .gz/.zst), folders, globs, URIs; python-docs: Python's own docs."""
+    """Files (.txt .md .jsonl .parquet, plain or .gz/.zst), folders, globs, URIs; python-docs: Python's own docs;
+    datasets:NAME:CONFIG:SPLIT: a data set of the Hugging Face hub."""
     tokenizer: str | None = None
     """Tokenizer to use: a tokenizer.json, or a folder with one or with GPT-2's or BERT's files; None: train a BPE."""
     vocab_size: int = 2048

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pipelines import python_docs, storage
+from pipelines import hub, python_docs, storage
 from pipelines.errors import UserError
 
 PYTHON_DOCS = "python-docs"
@@ -183,7 +183,9 @@ def _stored(source: str, number: int, option: str) -> list[InputFile]:
     """The files of a path or URI: a file, a folder, or a glob."""
     is_pattern = any(character in source for character in "*?[")
     try:
-        if storage.exists(source) or not is_pattern:
+        if source.startswith(hub.PREFIX):
+            entries = hub.files(source)
+        elif storage.exists(source) or not is_pattern:
             entries = storage.find(source)
         else:
             entries = storage.glob(source)

@@ -163,6 +163,7 @@ def test_corpus_compares_the_stage_with_the_library(
     stage, fast = (result["seconds"][name]["median"] for name in ("corpus stage", "encode_batch_fast"))
     assert result["ratios"]["encode_batch_fast"] == pytest.approx(fast / stage)
     assert result["peak_bytes"]["driver"] > 50e6
+    assert 0 < result["cpu_seconds"]["corpus stage"]["min"] <= 2 * stage * (os.cpu_count() or 1)
     assert result["reader_tokens_per_second"] > 0
 
 

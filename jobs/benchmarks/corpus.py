@@ -57,14 +57,16 @@ def main(arguments: Sequence[str]) -> None:
             "encode_batch_fast": lambda: encode(bare.encode_batch_fast, texts),
         }
         seconds: dict[str, list[float]] = {name: [] for name in contestants}
+        computed: dict[str, list[float]] = {name: [] for name in contestants}
         for _ in range(chosen.rounds):
             for name, run in contestants.items():
-                since = time.perf_counter()
+                since, before = time.perf_counter(), cpu_seconds()
                 run()
                 seconds[name].append(time.perf_counter() - since)
+                computed[name].append(cpu_seconds() - before)
         peaks = peak_bytes()
         reader = tokens_read_a_second(storage.join(folder, "first"))
-    report(manifest, seconds, peaks, reader, len(texts))
+    report(manifest, seconds, computed, peaks, reader)
 
 
 def repeated(config: CorpusConfig, times: int, folder: str) -> CorpusConfig:
@@ -110,38 +112,72 @@ def tokens_read_a_second(corpus_dir: str) -> float:
     return _WINDOWS_READ * windows.sequence_length / (time.perf_counter() - since)
 
 
-def peak_bytes() -> dict[str, int]:
-    """The most memory that this process, and any worker below it, has had at once."""
-    parents, peaks, names = {}, {}, {}
-    for path in Path("/proc").glob("[0-9]*/status"):
+@dataclass(frozen=True)
+class Process:
+    """What Linux tells about a process."""
+
+    name: str
+    parent: int
+    peak_bytes: int
+    cpu_seconds: float
+
+
+def processes() -> dict[int, Process]:
+    """This process and those below it, Ray's workers among them, by their numbers."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            status = dict(line.partition(":")[::2] for line in path.read_text().splitlines())
-            pid = int(path.parent.name)
-            parents[pid] = int(status["PPid"])
-            peaks[pid] = int(status.get("VmHWM", "0").split()[0]) * 1024
-            names[pid] = status["Name"].strip()
+            status = dict(line.partition(":")[::2] for line in (folder / "status").read_text().splitlines())
+            times = (folder / "stat").read_text().rpartition(")")[2].split()[11:15]  # own and of ended children
+            found[int(folder.name)] = Process(
+                name=status["Name"].strip(),
+                parent=int(status["PPid"]),
+                peak_bytes=int(status.get("VmHWM", "0").split()[0]) * 1024,
+                cpu_seconds=sum(map(int, times)) / os.sysconf("SC_CLK_TCK"),
+            )
     below = {os.getpid()}
-    while more := {pid for pid, parent in parents.items() if parent in below} - below:
+    while more := {pid for pid, process in found.items() if process.parent in below} - below:
         below |= more
-    workers = [peaks[pid] for pid in below if names[pid].startswith("ray::")]
-    return {"driver": peaks[os.getpid()], "worker": max(workers, default=0)}
+    return {pid: found[pid] for pid in below}
+
+
+def cpu_seconds() -> float:
+    """Time that these processes have computed, on any core."""
+    return sum(process.cpu_seconds for process in processes().values())
+
+
+def peak_bytes() -> dict[str, int]:
+    """The most memory that this process, and any worker, has had at once."""
+    found = processes()
+    workers = [process.peak_bytes for process in found.values() if process.name.startswith("ray::")]
+    return {"driver": found[os.getpid()].peak_bytes, "worker": max(workers, default=0)}
 
 
 def report(
-    manifest: dict[str, Any], seconds: dict[str, list[float]], peaks: dict[str, int], reader: float, n: int
+    manifest: dict[str, Any],
+    seconds: dict[str, list[float]],
+    computed: dict[str, list[float]],
+    peaks: dict[str, int],
+    reader: float,
 ) -> None:
-    """Print what was measured."""
+    """Print what was measured: time, CPU time, peak memory, and the reader's speed."""
+    n = manifest["documents"]["used"]
     n_bytes, tokens = (sum(split[name] for split in manifest["splits"].values()) for name in ("bytes", "tokens"))
     medians = {name: spread(values)["median"] for name, values in seconds.items()}
     print(f"{n:,} documents, {n_bytes / 1e6:.1f} MB, {tokens:,} tokens, n = {len(seconds['corpus stage'])}")
     for name, median in medians.items():
-        print(f"{name:18}{median:8.2f} s{n_bytes / 1e6 / median:8.2f} MB/s{tokens / median:12,.0f} tokens/s")
+        rates = f"{median:8.2f} s{n_bytes / 1e6 / median:8.2f} MB/s{tokens / median:12,.0f} tokens/s"
+        print(f"{name:18}{rates}{spread(computed[name])['median']:8.2f} CPU s")
     ratios = {name: medians[name] / medians["corpus stage"] for name in medians if name != "corpus stage"}
     print("the stage's speed: " + ", ".join(f"{ratio:.2f} of {name}" for name, ratio in ratios.items()))
     print("peak memory: " + ", ".join(f"{name} {peak / 1e6:,.0f} MB" for name, peak in peaks.items()))
     print(f"reader: {reader:,.0f} tokens/s")
     about = {"documents": n, "bytes": n_bytes, "tokens": tokens, "n": len(seconds["corpus stage"])}
-    result = {"seconds": {name: spread(values) for name, values in seconds.items()}, "ratios": ratios}
+    result = {
+        "seconds": {name: spread(values) for name, values in seconds.items()},
+        "cpu_seconds": {name: spread(values) for name, values in computed.items()},
+        "ratios": ratios,
+    }
     finish(
         {"bench": "corpus", **about, **result, "peak_bytes": peaks, "reader_tokens_per_second": reader},
         torch.device("cpu"),
