@@ -125,6 +125,9 @@ def dying(unit: Unit, function: Callable[[Unit], dict], marks: str, n_deaths: in
 def test_workers_are_killed_ten_times(
     texts: str, whole: Path, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import ray.cloudpickle
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
     (tmp_path / "marks").mkdir()
 
     def some_die(function: Callable[[Unit], dict], units: list[Unit]) -> Iterator[tuple[int, dict]]:
