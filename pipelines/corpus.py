@@ -22,6 +22,7 @@ from pipelines.progress import Progress, silent
 
 if TYPE_CHECKING:
     from pipelines.corpus_summary import Tally
+    from pipelines.shards import UnitSettings
 
 QUARANTINE = "quarantine.jsonl"
 
@@ -122,7 +123,7 @@ def _without_duplicates(
     return without_duplicates(units, output_dir, paths)
 
 
-def _make_units(units: Sequence[sources.Unit], settings: Any, tally: "Tally", progress: Progress) -> None:
+def _make_units(units: Sequence[sources.Unit], settings: "UnitSettings", tally: "Tally", progress: Progress) -> None:
     """Make the units, in any order; says how far it is as they come in."""
     from pipelines.shards import make_unit
 
