@@ -70,6 +70,8 @@ def test_the_bound_holds_and_the_longest_unused_goes_first(
     assert downloads == []
     cache.array(*shards[1])
     assert downloads == [shards[1][0]]
+    cache.array(*shards[0])
+    assert downloads == [shards[1][0]], "just used, so another one had to go"
     for number in (4, 5, 0, 1, 2, 3) * 3:
         assert cache.array(*shards[number])[0] == number
         assert held(tmp_path) <= 3 * size
