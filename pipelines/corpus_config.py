@@ -49,7 +49,9 @@ class CorpusConfig:
     drop_duplicates: bool = False
     """Keep the first of documents with the same text only; a held-out one before one that is trained on."""
     formation: str = "packed"
-    """How documents become sequences: packed, or a published protocol: sedd-radd, mdlm-bd3lm, lm1b-wrap, lm1b-pad."""
+    """How documents become sequences: packed, or a published protocol: sedd-radd, mdlm-bd3lm, lm1b-wrap, lm1b-pad.
+
+    The losses count lm1b-pad's padding as text."""
     weights: tuple[float, ...] = ()
     """Shares of the sources in training, one for each source; (): as much of each as there is."""
     max_quarantined: float = 0.001
