@@ -10,6 +10,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 EOS_TOKEN = "<|endoftext|>"
 _EOS_NAMES = (EOS_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
+_BOS_NAMES = ("[CLS]", "<|begin_of_text|>", "<s>", "<bos>", "[BOS]")
+_PAD_NAMES = ("[PAD]", "<pad>", "<|pad|>", "<|padding|>")
 _BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # Longer texts are encoded piece by piece, because the library keeps some 100 bytes a token while it encodes one text.
 _PIECE = 1 << 20  # characters
@@ -40,6 +42,10 @@ class Tokenizer:
         """The token that ends every document."""
         self.eos_id = vocabulary[names[0]]
         """Its id."""
+        self.bos_id = next((vocabulary[name] for name in _BOS_NAMES if name in vocabulary), self.eos_id)
+        """Id of the token that may begin a sequence; the end-of-text token where there is no other, as in GPT-2."""
+        self.pad_id = next((vocabulary[name] for name in _PAD_NAMES if name in vocabulary), None)
+        """Id of the padding token; None where there is none."""
         self.vocab_size = max(vocabulary.values()) + 1
         """Ids run from 0 to vocab_size - 1."""
         self._json: str = backend.to_str(pretty=False) + "\n"

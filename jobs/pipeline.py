@@ -33,7 +33,7 @@ STAGES = tuple(_INPUTS)
 # modification time or ETag. The tokenizer counts by its content.
 _NOT_IDENTITY = {
     "corpus": ("sources", "validation_sources", "tokenizer"),
-    "train": ("checkpoint_every", "keep_checkpoints", "max_failures", "wait_for_nodes"),
+    "train": ("checkpoint_every", "keep_checkpoints", "max_failures", "wait_for_nodes", "cache_bytes"),
     "export": ("batch_size",),
     "measure": ("batch_size",),
 }

@@ -114,8 +114,9 @@ def small() -> Recipe:
     """The paper's 125M model on OpenWebText.
 
     Command: armd run small --corpus.sources DIR --corpus.tokenizer DIR
-    Needs: OpenWebText as .jsonl or .parquet files with a `text` field in data/openwebtext, and GPT-2's encoder.json
-        and vocab.bpe in data/gpt2; or other places, by the two options above.
+    Needs: OpenWebText as .jsonl or .parquet files with a `text` field in data/openwebtext, or from the hub
+        (--corpus.sources datasets:Skylion007/openwebtext); GPT-2's encoder.json and vocab.bpe in data/gpt2; or other
+        places, by the two options above.
     Hardware: 8 GPUs of 80 GB.
     Time: `armd plan small` works it out from your throughput; 215 G tokens.
     Expect: zero-shot perplexity as the paper's ARMD small (400k): WikiText103 35.15, LAMBADA 45.35. Not yet run here.
@@ -168,14 +169,22 @@ def lm1b() -> Recipe:
     """The paper's One Billion Word run: 125M parameters, length 128.
 
     Command: armd run lm1b --corpus.sources DIR --corpus.tokenizer DIR
-    Needs: LM1B as .txt or .jsonl files in data/lm1b, and BERT's vocab.txt in data/bert-base-uncased; or other places,
-        by the two options above.
+    Needs: LM1B as .txt files, a sentence a line, or .jsonl or .parquet files in data/lm1b, or a data set of the hub
+        (--corpus.sources datasets:NAME); BERT's vocab.txt in data/bert-base-uncased; or other places, by the two
+        options above.
     Hardware: 8 GPUs of 80 GB.
     Time: `armd plan lm1b` works it out from your throughput; 66 G tokens.
     Expect: test perplexity 22.36 (the paper, 1M steps). Not yet run here.
     """
     base = small()
-    corpus = CorpusConfig(sources=("data/lm1b",), tokenizer="data/bert-base-uncased", sequence_length=128)
+    corpus = CorpusConfig(
+        sources=("data/lm1b",),
+        tokenizer="data/bert-base-uncased",
+        sequence_length=128,
+        document_separator="\n",
+        detokenizer="lm1b",
+        formation="lm1b-wrap",
+    )
     train = dataclasses.replace(
         base.train,
         micro_batch_size=64,

@@ -1,8 +1,8 @@
 """What a worker computes at each step: its sequences and what is drawn for them, read one step ahead.
 
 A step's data are a pure function of the seed, the corpus and the step, whatever the number of workers: sequence
-`row` of step `step` is sample `step * batch_size + row` of an endless run through the training windows, each epoch in
-a permutation of its own.
+`row` of step `step` is sample `step * batch_size + row` of an endless run through the training windows, in an order
+that the seed gives (`pipelines.sample_order`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,8 +16,9 @@ import torch
 from armd.masked_diffusion import Noise
 from armd.objective import Drawn, Schedule
 from armd.order import Order
+from pipelines.sample_order import SampleOrder
 from pipelines.train_config import TrainConfig
-from pipelines.windows import Permutation, WindowIndex
+from pipelines.windows import WindowIndex
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,7 @@ class Batches:
         self._pin = pin_memory
         share = config.batch_size // config.n_workers
         self._rows = range(rank * share, (rank + 1) * share)
-        self._epoch = -1
-        self._permutation = Permutation(len(windows), config.seed, 0)
+        self._order = SampleOrder(windows, config.seed)
 
     @property
     def n_windows(self) -> int:
@@ -94,8 +94,4 @@ class Batches:
         return self._schedule.order(step, rows, length)
 
     def _window(self, sample: int) -> np.ndarray:
-        epoch, place = divmod(sample, len(self._windows))
-        if epoch != self._epoch:
-            self._permutation = Permutation(len(self._windows), self._config.seed, epoch)
-            self._epoch = epoch
-        return self._windows[self._permutation[place]]
+        return self._windows[self._order[sample]]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from armd.tokenizer import Tokenizer
 from pipelines import storage
-from pipelines.corpus_config import CorpusConfig
+from pipelines.corpus_config import CorpusConfig, Reading
 from pipelines.errors import UserError
 from pipelines.records import Record, read_records
 from pipelines.shards import is_held_out
@@ -75,7 +75,7 @@ def training_sample(config: CorpusConfig, units: Sequence[Unit]) -> list[str]:
     for place in range(places):
         left = max(1, config.tokenizer_sample_bytes // places)
         unit = units[place * len(units) // places]
-        for uri, record in _records(unit, config.text_field):
+        for uri, record in _records(unit, config.reading):
             if record.reason:
                 place_in_file = f", line {record.line}" if record.line else ""
                 unreadable = unreadable or f"{uri}{place_in_file}: {record.reason}"
@@ -104,9 +104,9 @@ def training_sample(config: CorpusConfig, units: Sequence[Unit]) -> list[str]:
     raise no_text(config)
 
 
-def _records(unit: Unit, text_field: str) -> Iterator[tuple[str, Record]]:
+def _records(unit: Unit, reading: Reading) -> Iterator[tuple[str, Record]]:
     """The unit's records, each with its file."""
-    return ((file.uri, record) for file in unit.files for record in read_records(file, text_field))
+    return ((file.uri, record) for file in unit.files for record in read_records(file, reading))
 
 
 def no_text(config: CorpusConfig) -> UserError:

@@ -142,9 +142,10 @@ def _text_bytes(stream: Any, tokenizer: Any) -> int:
 
     The windows are consecutive, so only the stream's two ends can cut through a character.
     """
+    marks = {tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id}
     documents: list[list[int]] = [[]]
     for token in stream.tolist():
-        if token == tokenizer.eos_id:
+        if token in marks:
             documents.append([])
         else:
             documents[-1].append(token)

@@ -14,9 +14,10 @@ def windows(corpus_dir: str, most: int, cache_dir: str, *, spread: bool = False)
     """
     import numpy as np
 
+    from pipelines.shard_cache import ShardCache
     from pipelines.windows import WindowIndex
 
-    index = WindowIndex(corpus_dir, "validation", cache_dir=cache_dir)
+    index = WindowIndex(corpus_dir, "validation", ShardCache(cache_dir))
     count = min(most, len(index))
     if count == 0:
         raise UserError(

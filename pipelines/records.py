@@ -1,18 +1,17 @@
 """The documents of one input file, decoded a record at a time: what cannot be read is reported, never just skipped."""
 
-import gzip
 import io
 import json
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import IO, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 from pipelines import python_docs, storage
-from pipelines.errors import UserError
+from pipelines.byte_stream import CHUNK, Damaged, Reader, chunks, first_line, split, unix_lines
+from pipelines.corpus_config import Reading
+from pipelines.detokenizers import detokenized
 from pipelines.sources import PYTHON_DOCS, InputFile
 
-_CHUNK = 1 << 20
 _PARQUET_ROWS = 256  # decoded at once
 _BOM = b"\xef\xbb\xbf"
 
@@ -22,9 +21,9 @@ class Record:
     """One record of an input file: a document, or the reason why there is none."""
 
     line: int
-    """Line or row, from 1; 0: the file as a whole."""
+    """Line or row, from 1 in the part that is read, where it begins; 0: the file as a whole."""
     text: str = ""
-    """The document, with LF line ends and no byte order mark; "" where it is empty or unreadable."""
+    """The document, with LF line ends, no byte order mark and its spacing undone; "" where it is unreadable."""
     reason: str = ""
     """Why it cannot be read; "" where it can."""
 
@@ -33,19 +32,23 @@ class _Unreadable(Exception):
     """A record that goes to quarantine; the message is the reason."""
 
 
-class _Damaged(Exception):
-    """An archive that breaks off or does not decompress; the message is the reason."""
+def read_records(file: InputFile, reading: Reading) -> Iterator[Record]:
+    """The records of `file` in order; where it is a part of a file, those of the part.
 
-
-def read_records(file: InputFile, text_field: str) -> Iterator[Record]:
-    """The records of `file` in order.
-
-    A text file is one record, each non-blank line of .jsonl one, each row of .parquet one. What cannot be decoded comes
-    as a record with a reason; where an archive breaks, the records before are given and one more for the rest.
+    A text file is one record, or one between every two separators; each non-blank line of .jsonl is one, and each row
+    of .parquet. What cannot be decoded comes as a record with a reason; where an archive breaks, the records before are
+    given and one more for the rest.
 
     Raises:
         UserError: the file is there, but reading it fails (the network, the disk).
     """
+    for record in _records(file, reading):
+        if reading.detokenizer and record.text:
+            record = replace(record, text=detokenized(record.text, reading.detokenizer))
+        yield record
+
+
+def _records(file: InputFile, reading: Reading) -> Iterator[Record]:
     try:
         if file.format == PYTHON_DOCS:
             yield from _python_docs(file)
@@ -55,13 +58,16 @@ def read_records(file: InputFile, text_field: str) -> Iterator[Record]:
         yield Record(line=0, reason=f"cannot be opened: {error.strerror or type(error).__name__}")
         return
     with raw:
-        reader = _Reader(raw, file.uri)
+        reader = Reader(raw, file.uri)
         if file.format == "parquet":
-            yield from _parquet(reader, file.compression, text_field)
+            yield from _parquet(reader, file, reading.text_field)
         elif file.format == "jsonl":
-            yield from _json_lines(_chunks(reader, file.compression), text_field)
+            yield from _json_lines(_lines(reader, file), file.begin, reading.text_field)
+        elif reading.document_separator:
+            separator = reading.document_separator.encode("utf-8")
+            yield from _separated(chunks(reader, file.compression), separator)
         else:
-            yield _text_file(_chunks(reader, file.compression))
+            yield _text_file(chunks(reader, file.compression))
 
 
 def _python_docs(file: InputFile) -> Iterator[Record]:
@@ -69,21 +75,78 @@ def _python_docs(file: InputFile) -> Iterator[Record]:
         yield Record(line=number, text=text)
 
 
-def _text_file(chunks: Iterator[bytes]) -> Record:
+def _text_file(pieces: Iterator[bytes]) -> Record:
     try:
-        return Record(line=0, text=_checked(_decoded(b"".join(chunks))))
-    except (_Damaged, _Unreadable) as error:
+        return Record(line=0, text=_checked(_decoded(b"".join(pieces))))
+    except (Damaged, _Unreadable) as error:
         return Record(line=0, reason=str(error))
 
 
-def _json_lines(chunks: Iterator[bytes], field: str) -> Iterator[Record]:
+def _separated(pieces: Iterator[bytes], separator: bytes) -> Iterator[Record]:
+    """The documents between separators, each at the line where it begins; what follows a last separator counts."""
+    line = 1
+    try:
+        for content in split(unix_lines(pieces), separator):
+            try:
+                record = Record(line=line, text=_checked(_decoded(content)))
+            except _Unreadable as error:
+                record = Record(line=line, reason=str(error))
+            yield record
+            line += content.count(b"\n") + separator.count(b"\n")
+    except Damaged as error:
+        yield Record(line=line, reason=str(error))
+
+
+def records_before(file: InputFile) -> int:
+    """How many lines or rows of the file come before the part that `file` is; reads what stands there."""
+    if not file.begin:
+        return 0
+    with storage.open_read(file.uri) as raw:
+        if file.format == "parquet":
+            import pyarrow.parquet
+
+            metadata = pyarrow.parquet.ParquetFile(raw).metadata
+            return sum(group.num_rows for group in _groups(metadata) if _middle(group) < file.begin)
+        left, lines = _first_line_at(raw, file.begin), 0
+        raw.seek(0)
+        while left > 0 and (chunk := raw.read(min(left, CHUNK))):
+            lines += chunk.count(b"\n")
+            left -= len(chunk)
+        return lines
+
+
+def _lines(reader: io.RawIOBase, file: InputFile) -> Iterator[bytes]:
+    """The lines that begin in the part of the file."""
+    at = _first_line_at(reader, file.begin)
+    reader.seek(at)
+    for line in split(chunks(reader, file.compression), b"\n"):
+        if file.end is not None and at >= file.end:
+            return
+        yield line
+        at += len(line) + 1
+
+
+def _first_line_at(reader: Any, begin: int) -> int:
+    """Where the first line begins that begins at byte `begin` or behind it."""
+    if not begin:
+        return 0
+    reader.seek(begin - 1)
+    at = begin - 1
+    while chunk := reader.read(CHUNK):
+        if (place := chunk.find(b"\n")) >= 0:
+            return at + place + 1
+        at += len(chunk)
+    return at
+
+
+def _json_lines(lines: Iterator[bytes], begin: int, field: str) -> Iterator[Record]:
     number = 0
     try:
-        for number, line in enumerate(_lines(chunks), 1):
-            content = line.removeprefix(_BOM) if number == 1 else line
+        for number, line in enumerate(lines, 1):
+            content = line.removeprefix(_BOM) if number == 1 and not begin else line
             if content.strip():
                 yield _json_line(number, content, field)
-    except _Damaged as error:
+    except Damaged as error:
         yield Record(line=number + 1, reason=str(error))
 
 
@@ -111,21 +174,24 @@ def _field(line: str, field: str) -> str:
     return text
 
 
-def _parquet(reader: io.RawIOBase, compression: str, column: str) -> Iterator[Record]:
+def _parquet(reader: io.RawIOBase, file: InputFile, column: str) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
     broken = (pyarrow.ArrowException, OSError)
     try:
-        source = io.BytesIO(b"".join(_chunks(reader, compression))) if compression else reader
+        source = io.BytesIO(b"".join(chunks(reader, file.compression))) if file.compression else reader
         table = pyarrow.parquet.ParquetFile(source, page_checksum_verification=True)
-    except (_Damaged, *broken) as error:
-        yield Record(line=0, reason=f"not a Parquet file that can be read: {_first_line(error)}")
+    except (Damaged, *broken) as error:
+        if not file.begin:  # a file is one record then, whatever the number of its parts
+            yield Record(line=0, reason=f"not a Parquet file that can be read: {first_line(error)}")
         return
     known = column in table.schema_arrow.names
     row = 0
-    for group in range(table.num_row_groups):
-        end = row + table.metadata.row_group(group).num_rows
+    for group, described in enumerate(_groups(table.metadata)):
+        if _middle(described) < file.begin or (file.end is not None and _middle(described) >= file.end):
+            continue
+        end = row + described.num_rows
         reason = f"no column {column!r}"
         try:
             if known:
@@ -134,10 +200,21 @@ def _parquet(reader: io.RawIOBase, compression: str, column: str) -> Iterator[Re
                         row += 1
                         yield _cell(row, value, column)
         except broken as error:
-            reason = f"its row group cannot be read: {_first_line(error)}"
+            reason = f"its row group cannot be read: {first_line(error)}"
         while row < end:
             row += 1
             yield Record(line=row, reason=reason)
+
+
+def _groups(metadata: Any) -> list[Any]:
+    return [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+
+
+def _middle(group: Any) -> int:
+    """The byte of the file in the middle of a row group."""
+    columns = [group.column(index) for index in range(group.num_columns)]
+    starts = [column.dictionary_page_offset or column.data_page_offset for column in columns]
+    return int(min(starts) + sum(column.total_compressed_size for column in columns) // 2)
 
 
 def _cells(column: Any) -> list[Any]:
@@ -178,72 +255,3 @@ def _checked(text: str) -> str:
     except UnicodeEncodeError:
         raise _Unreadable("holds half of a surrogate pair") from None
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
-
-
-def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines without their LF; a last one without LF counts."""
-    pending: list[bytes] = []
-    for chunk in chunks:
-        *complete, rest = chunk.split(b"\n")
-        for line in complete:
-            yield b"".join([*pending, line])
-            pending = []
-        pending.append(rest)
-    last = b"".join(pending)
-    if last:
-        yield last
-
-
-def _chunks(reader: io.RawIOBase, compression: str) -> Iterator[bytes]:
-    """The decompressed content a piece at a time."""
-    stream: Any = reader
-    if compression == "gz":
-        stream = gzip.GzipFile(fileobj=reader)
-    elif compression == "zst":
-        import pyarrow
-
-        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(reader, mode="r"), "zstd")
-    while True:
-        try:
-            chunk = stream.read(_CHUNK)
-        except (EOFError, OSError, zlib.error) as error:
-            raise _Damaged(f"damaged archive: {_first_line(error)}") from None
-        if not chunk:
-            return
-        yield chunk
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-class _Reader(io.RawIOBase):
-    """Passes reads on, and tells a failing disk or network from a damaged file: the first is a `UserError`."""
-
-    def __init__(self, file: IO[bytes], uri: str) -> None:
-        self._file = file
-        self._uri = uri
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        try:
-            data = self._file.read(len(view))
-        except OSError as error:
-            raise UserError(
-                storage.redacted(f"reading {self._uri} failed: {_first_line(error)}"),
-                "run the same command again; what is done stays done",
-            ) from None
-        view[: len(data)] = data
-        return len(data)
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import report_charts as charts
+from pipelines import report_corpus, storage
 from pipelines import report_sections as sections
-from pipelines import storage
 from pipelines.manifest import read_manifest, versions, write_manifest
 from pipelines.metrics import read_metrics
 from pipelines.progress import Progress, silent
@@ -101,7 +101,7 @@ def render(
         samples=sections.samples(evaluation["samples"]),
         served_note=_served_note(manifests["deploy"]),
         served=sections.served(manifests["deploy"]),
-        corpus=sections.corpus(manifests["corpus"], config.recipe["corpus"]),
+        corpus=report_corpus.section(manifests["corpus"], config.recipe["corpus"]),
         stages_note=_stages_note(manifests),
         stages=sections.stages(manifests, places),
         versions=_versions(manifests["train"], commit),

@@ -6,8 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipelines.report_charts import short
-
 _STEPS = 16  # shades in the ramp that colours samples
 _RAMP_LIGHT = ((0xC4, 0xD6, 0xFF), (0xF0, 0xD9, 0xEA), (0xFF, 0xDB, 0x9C))
 _RAMP_DARK = ((0x1F, 0x3A, 0x7A), (0x57, 0x33, 0x5C), (0x7D, 0x4B, 0x0C))
@@ -147,37 +145,6 @@ def served(deploy: Mapping[str, Any]) -> str:
         f"<details><summary>The whole response</summary><pre>"
         f"{escape(json.dumps(response, indent=2, ensure_ascii=False))}</pre></details></div></div>"
     )
-
-
-def corpus(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """Where the text came from, by the recipe's corpus settings, and what became of it."""
-    documents = manifest["documents"]
-    places = {"sources": config["sources"], "held-out sources": config["validation_sources"]}
-    rows = [
-        *(
-            [name, "<br>".join(f"<code>{escape(source)}</code>" for source in sources)]
-            for name, sources in places.items()
-            if sources
-        ),
-        [
-            "documents",
-            escape(
-                f"{documents['read']:,} read: {documents['used']:,} used, {documents['empty']:,} empty, "
-                f"{documents['quarantined']:,} quarantined"
-            ),
-        ],
-    ]
-    for name, split in manifest["splits"].items():
-        size = f", {short(split['bytes'])}B of text" if "bytes" in split else ""
-        rows.append(
-            [escape(name), escape(f"{split['documents']:,} documents, {split['tokens']:,} tokens{size}")],
-        )
-    vocabulary = f"{manifest['vocab_size']:,} entries, " if "vocab_size" in manifest else ""
-    rows.append(
-        ["tokenizer", f"{escape(vocabulary)}<code>{escape(manifest['tokenizer_sha256'][:16])}</code>"],
-    )
-    rows.append(["sequence length", f"{manifest['sequence_length']:,} tokens"])
-    return table((), rows)
 
 
 def stages(manifests: Mapping[str, Mapping[str, Any]], directories: Mapping[str, str]) -> str:

@@ -1,12 +1,13 @@
 """What a corpus is made from, before anything is read: the input files, in a fixed order, and the units of work."""
 
+import itertools
 import json
 import platform
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pipelines import python_docs, storage
+from pipelines import hub, python_docs, storage
 from pipelines.errors import UserError
 
 PYTHON_DOCS = "python-docs"
@@ -14,7 +15,9 @@ SOURCES = "--corpus.sources"
 VALIDATION_SOURCES = "--corpus.validation-sources"
 FORMATS = ("txt", "md", "jsonl", "parquet")
 COMPRESSIONS = ("gz", "zst")
+_CUT = ("jsonl", "parquet")  # formats that can be read from the middle, where they are not compressed
 _SMALLEST_UNIT = 1_000_000  # bytes
+_SMALLEST_PART = 10_000  # bytes of a file that is cut, whatever the unit
 _FEWEST_UNITS = 16  # of a corpus that is large enough
 _ENDINGS = "." + ", .".join(FORMATS) + ", each plain or with ." + " or .".join(COMPRESSIONS)
 
@@ -35,6 +38,20 @@ class InputFile:
     """Bytes."""
     version: str
     """Changes when the content does: the modification time in ns, or the object store's version (ETag)."""
+    begin: int = 0
+    """The records are those that begin at this byte or behind it (a row group of .parquet: whose middle is there) .."""
+    end: int | None = None
+    """.. and before this one; None: to the end of the file."""
+
+    @property
+    def source(self) -> int:
+        """Which source it comes from, from 0."""
+        return int(self.name.partition(":")[0])
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the part that is read."""
+        return (self.size if self.end is None else self.end) - self.begin
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -44,12 +61,14 @@ class InputFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """A unit of work: files that are read together and make one shard a split, at most."""
+    """A unit of work: files, or parts of them, that are read together and make one shard a split, at most."""
 
     files: tuple[InputFile, ...]
     """In the order in which they are read."""
     validation_fraction: float
     """Share of their documents that are held out: 0 or 1 where the held-out documents have sources of their own."""
+    dropped: str = ""
+    """Which of its documents are left out, by their number among those with text, as `packed_counts` packs them."""
 
 
 def input_files(sources: Iterable[str], option: str = SOURCES) -> list[InputFile]:
@@ -107,23 +126,37 @@ def fingerprint(sources: Iterable[str], option: str = SOURCES) -> list[dict[str,
     return result
 
 
-def work_units(files: Sequence[InputFile], unit_bytes: int, validation_fraction: float) -> list[Unit]:
-    """The files, in order, in units of at most `unit_bytes` bytes; a larger file is a unit of its own.
+def work_units(
+    files: Sequence[InputFile], unit_bytes: int, validation_fraction: float, by_source: bool = False
+) -> list[Unit]:
+    """The files, in order, in units of at most `unit_bytes` bytes.
 
-    A small corpus makes smaller units, so that there is work for several processes; how many there are does not
-    matter, or the shards would depend on the machine.
+    A larger file is cut into such units where its format can be read from the middle, else it is a unit of its own.
+    With `by_source` no unit holds files of two sources. A small corpus makes smaller units, so that there is work for
+    several processes; how many there are does not matter, or the shards would depend on the machine.
     """
     total = sum(file.size for file in files)
     unit_bytes = min(unit_bytes, max(_SMALLEST_UNIT, total // _FEWEST_UNITS))
     units: list[list[InputFile]] = []
     filled = 0
-    for file in files:
-        if not units or filled + file.size > unit_bytes:
+    for file in (part for whole in files for part in _cut(whole, unit_bytes)):
+        turned = by_source and units and units[-1][0].source != file.source
+        if not units or turned or filled + file.read_bytes > unit_bytes:
             units.append([])
             filled = 0
         units[-1].append(file)
-        filled += file.size
+        filled += file.read_bytes
     return [Unit(files=tuple(unit), validation_fraction=validation_fraction) for unit in units]
+
+
+def _cut(file: InputFile, unit_bytes: int) -> list[InputFile]:
+    """The file in equal parts of about `unit_bytes` bytes, if it can be read from the middle."""
+    part_bytes = max(unit_bytes, _SMALLEST_PART)
+    if file.compression or file.format not in _CUT or file.size <= part_bytes:
+        return [file]
+    n_parts = -(-file.size // part_bytes)
+    ends = [part * file.size // n_parts for part in range(n_parts + 1)]
+    return [replace(file, begin=begin, end=end) for begin, end in itertools.pairwise(ends)]
 
 
 def _python_docs(number: int, option: str) -> list[InputFile]:
@@ -150,7 +183,9 @@ def _stored(source: str, number: int, option: str) -> list[InputFile]:
     """The files of a path or URI: a file, a folder, or a glob."""
     is_pattern = any(character in source for character in "*?[")
     try:
-        if storage.exists(source) or not is_pattern:
+        if source.startswith(hub.PREFIX):
+            entries = hub.files(source)
+        elif storage.exists(source) or not is_pattern:
             entries = storage.find(source)
         else:
             entries = storage.glob(source)

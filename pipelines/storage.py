@@ -91,7 +91,8 @@ def exists(uri: str) -> bool:
     if is_local(uri):
         return os.path.exists(absolute(uri))
     filesystem, path = _remote(uri)
-    return bool(filesystem.exists(path))
+    with _named("looking for", uri):
+        return bool(filesystem.exists(path))
 
 
 def isdir(uri: str) -> bool:
@@ -99,7 +100,8 @@ def isdir(uri: str) -> bool:
     if is_local(uri):
         return os.path.isdir(absolute(uri))
     filesystem, path = _remote(uri)
-    return bool(filesystem.isdir(path))
+    with _named("looking for", uri):
+        return bool(filesystem.isdir(path))
 
 
 def list_names(folder: str) -> list[str]:
@@ -111,10 +113,9 @@ def list_names(folder: str) -> list[str]:
             names = []
     else:
         filesystem, path = _remote(folder)
-        try:
+        found: list[str] = []
+        with contextlib.suppress(FileNotFoundError), _named("listing", folder):
             found = [name.rstrip("/") for name in filesystem.ls(path, detail=False)]
-        except FileNotFoundError:
-            found = []
         names = [name.rsplit("/", 1)[-1] for name in found if name != path.rstrip("/")]
     return sorted(name for name in names if not _TEMPORARY.match(name))
 
@@ -163,7 +164,7 @@ def remove_tree(uri: str) -> None:
     """Remove the folder or file and all below it; nothing happens where it is missing."""
     if not is_local(uri):
         filesystem, path = _remote(uri)
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), _named("removing", uri):
             filesystem.rm(path, recursive=True)
         return
     path = absolute(uri)
@@ -178,8 +179,9 @@ def open_read(uri: str) -> IO[bytes]:
     if is_local(uri):
         return open(absolute(uri), "rb")
     filesystem, path = _remote(uri)
-    file: IO[bytes] = filesystem.open(path, "rb")
-    return file
+    with _named("reading", uri):
+        file: IO[bytes] = filesystem.open(path, "rb")
+        return file
 
 
 def read_bytes(uri: str) -> bytes:
@@ -191,7 +193,8 @@ def read_bytes(uri: str) -> bytes:
     if is_local(uri):
         return Path(absolute(uri)).read_bytes()
     filesystem, path = _remote(uri)
-    return bytes(filesystem.cat_file(path))
+    with _named("reading", uri):
+        return bytes(filesystem.cat_file(path))
 
 
 def read_text(uri: str) -> str:
@@ -213,7 +216,8 @@ def write_bytes(uri: str, data: bytes) -> None:
     """Write the file whole or not at all, with the folders above it."""
     if not is_local(uri):
         filesystem, path = _remote(uri)
-        filesystem.pipe_file(path, data)
+        with _named("writing", uri):
+            filesystem.pipe_file(path, data)
         return
     with _replacing(absolute(uri)) as temporary, open(temporary, "wb") as file:
         file.write(data)
@@ -238,7 +242,8 @@ def put_file(local_path: str, uri: str) -> None:
     """Move a finished local file to `uri`, where it appears whole or not at all; `local_path` is gone afterwards."""
     if not is_local(uri):
         filesystem, path = _remote(uri)
-        filesystem.put_file(local_path, path)
+        with _named("writing", uri):
+            filesystem.put_file(local_path, path)
         os.unlink(local_path)
         return
     target = absolute(uri)
@@ -305,6 +310,18 @@ def fetch_file(uri: str, cache_dir: str) -> str:
     return target
 
 
+def download(uri: str, path: str) -> None:
+    """Copy a file of an object store to the local `path`, whose folder exists.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: it cannot be read; names it.
+    """
+    filesystem, remote = _remote(uri)
+    with _named("reading", uri):
+        filesystem.get_file(remote, path)
+
+
 def sha256_bytes(data: bytes) -> str:
     """SHA-256 of `data`, hexadecimal."""
     return hashlib.sha256(data).hexdigest()
@@ -313,7 +330,7 @@ def sha256_bytes(data: bytes) -> str:
 def sha256_file(uri: str) -> str:
     """SHA-256 of a file's content, hexadecimal; a remote file is read through, not kept."""
     digest = hashlib.sha256()
-    with open_read(uri) as file:
+    with open_read(uri) as file, contextlib.nullcontext() if is_local(uri) else _named("reading", uri):
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
@@ -352,6 +369,26 @@ def _remote(uri: str) -> tuple[Any, str]:
             "check the URI's scheme; s3:// works, others need their fsspec package",
         ) from None
     return filesystem, path
+
+
+@contextlib.contextmanager
+def _named(doing: str, uri: str) -> Iterator[None]:
+    """An object store's failure as an error that names the place; every store has exceptions of its own.
+
+    Raises:
+        FileNotFoundError: as the store says.
+        UserError: for anything else.
+    """
+    try:
+        yield
+    except (FileNotFoundError, UserError):
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise UserError(
+            redacted(f"{doing} {uri} failed: {reason}"),
+            "check the credentials and the store; then run the same command again: what is done stays done",
+        ) from None
 
 
 def _fixed_folder(pattern: str) -> str:

@@ -87,10 +87,12 @@ class TrainConfig:
     """Steps between two checkpoints; the last step is always saved."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    cache_bytes: int = 200_000_000_000
+    """Bytes of each machine's disk, at most, for shards of a corpus on an object store; best, the corpus fits."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "batch_size", "micro_batch_size", "n_workers", "log_every", "validate_every")
-        _at_least(self, 1, "validation_windows", "checkpoint_every", "keep_checkpoints")
+        _at_least(self, 1, "validation_windows", "checkpoint_every", "keep_checkpoints", "cache_bytes")
         _at_least(self, 0, "steps", "strided_steps", "ar_steps", "max_shuffled", "warmup_steps", "weight_decay", "clip")
         _at_least(self, 0, "mix_after", "strided_share", "infilling_share")
         _at_least(self, 0, "max_failures", "wait_for_nodes")

@@ -30,6 +30,7 @@ from pipelines.errors import UserError
 from pipelines.manifest import read_manifest
 from pipelines.metrics import FILE, MetricsLog, read_metrics
 from pipelines.saving import Saver, agree
+from pipelines.shard_cache import ShardCache
 from pipelines.train_config import TrainConfig
 from pipelines.windows import WindowIndex
 
@@ -72,8 +73,9 @@ class Worker:
         self.dtype = _dtype(self.config, self.device)
         self.saver = Saver(job.output, agree(secrets.token_hex(4), self.device), self.device)
         self.corpus_sha = storage.sha256_file(storage.join(job.corpus, "manifest.json"))
-        train_windows = WindowIndex(job.corpus, "train")
-        self.validation = WindowIndex(job.corpus, "validation")
+        cache = ShardCache(max_bytes=self.config.cache_bytes)
+        train_windows = WindowIndex(job.corpus, "train", cache)
+        self.validation = WindowIndex(job.corpus, "validation", cache)
         _check_windows(train_windows, self.validation)
         self.length = train_windows.sequence_length
         self.batches = Batches(self.config, train_windows, self.rank, pin_memory=self.device.type == "cuda")

@@ -6,33 +6,50 @@ Needs numpy only; no torch, no ray. N is the corpus's sequence length.
 import bisect
 import hashlib
 import itertools
-import os
+from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from pipelines import storage
 from pipelines.errors import UserError
-from pipelines.manifest import mismatch, read_manifest
+from pipelines.formation import FORMATIONS
+from pipelines.manifest import read_manifest
+from pipelines.shard_cache import ShardCache
 
 _ROUNDS = 8
 _MASK_64 = (1 << 64) - 1
+_OPEN_SHARDS = 256  # mapped at once: each takes a file descriptor, of which a process has about a thousand
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a split that is cut into windows by itself."""
+
+    weight: float
+    """Its share in training, beside those of the other parts."""
+    windows: range
+    """Its windows."""
+    first_shard: int
+    """The first of its shards."""
 
 
 class WindowIndex:
     """The windows of N tokens of one split: its shards laid end to end and cut every N tokens, the remainder dropped.
 
-    Shards are memory-mapped; each is checked against its SHA-256 when it is first used. May be pickled; a copy checks
-    again for itself.
+    Where the corpus mixes sources by weight, each source's shards are laid end to end by themselves. Where its
+    formation puts a begin and an end token round a sequence, N - 2 tokens lie between them. Shards are memory-mapped;
+    each is checked against its SHA-256 when it is first used. May be pickled; a copy checks again for itself.
     """
 
-    def __init__(self, corpus_dir: str, split: str, cache_dir: str | None = None) -> None:
+    def __init__(self, corpus_dir: str, split: str, cache: ShardCache | None = None) -> None:
         """Read the manifest of the corpus at `corpus_dir`, a folder or URI.
 
         Args:
             corpus_dir: output directory of the corpus stage.
             split: "train" or "validation".
-            cache_dir: local folder for shards fetched from an object store; by default ~/.cache/armd/shards.
+            cache: where shards of an object store go on this machine; by default as `ShardCache` has it.
 
         Raises:
             UserError: the corpus is not finished or has no such split.
@@ -47,16 +64,22 @@ class WindowIndex:
         self.sequence_length: int = manifest["sequence_length"]
         """Tokens a window, N."""
         self._corpus_dir = corpus_dir
-        self._cache_dir = cache_dir or os.path.join(os.path.expanduser("~"), ".cache", "armd", "shards")
+        self._cache = cache or ShardCache()
+        self._around = _around(manifest)
+        self._body = self.sequence_length - len(self._around)
+        self._item_bytes = np.dtype(manifest.get("dtype", "uint32")).itemsize
         self._shards: list[dict[str, Any]] = splits[split]["shards"]
         self._starts = list(itertools.accumulate((shard["tokens"] for shard in self._shards), initial=0))
-        self._arrays: dict[int, np.ndarray] = {}
-        self.dropped_tokens: int = self._starts[-1] % self.sequence_length
-        """Tokens at the split's end that fill no window."""
+        self._arrays: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._checked: set[int] = set()
+        self.parts = self._cut(splits[split].get("mixture"))
+        """The parts in the order of their windows; one, unless the corpus mixes sources by weight."""
+        self.dropped_tokens: int = self._starts[-1] - len(self) * self._body
+        """Tokens at the ends of the parts that fill no window."""
 
     def __len__(self) -> int:
         """Number of windows."""
-        return int(self._starts[-1] // self.sequence_length)
+        return self.parts[-1].windows.stop
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Window `index`, (N,) int64, a copy.
@@ -67,34 +90,59 @@ class WindowIndex:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
-        begin = index * self.sequence_length
-        end = begin + self.sequence_length
-        window = np.empty(self.sequence_length, dtype=np.int64)
+        part = next(part for part in self.parts if index in part.windows)
+        begin = self._starts[part.first_shard] + (index - part.windows.start) * self._body
+        if not self._around:
+            return self._tokens(begin, begin + self._body)
+        first, last = self._around
+        return np.concatenate([[first], self._tokens(begin, begin + self._body), [last]])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_arrays": OrderedDict(), "_checked": set()}
+
+    def _cut(self, mixture: list[dict[str, Any]] | None) -> list[Part]:
+        parts: list[Part] = []
+        shard = window = 0
+        for source in mixture or [{"weight": 1.0, "shards": len(self._shards)}]:
+            n_tokens = self._starts[shard + source["shards"]] - self._starts[shard]
+            n_windows = n_tokens // self._body
+            parts.append(Part(source["weight"], range(window, window + n_windows), shard))
+            shard, window = shard + source["shards"], window + n_windows
+        return parts
+
+    def _tokens(self, begin: int, end: int) -> np.ndarray:
+        """Tokens `begin` to `end` of the shards laid end to end."""
+        tokens = np.empty(end - begin, dtype=np.int64)
         shard = bisect.bisect_right(self._starts, begin) - 1
         at = begin
         while at < end:
             first = self._starts[shard]
             stop = min(end, self._starts[shard + 1])
-            window[at - begin : stop - begin] = self._array(shard)[at - first : stop - first]
+            tokens[at - begin : stop - begin] = self._array(shard)[at - first : stop - first]
             at, shard = stop, shard + 1
-        return window
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_arrays": {}}
+        return tokens
 
     def _array(self, shard: int) -> np.ndarray:
-        if shard not in self._arrays:
-            entry = self._shards[shard]
-            uri = storage.join(self._corpus_dir, entry["path"])
-            try:
-                path = storage.fetch_file(uri, self._cache_dir)
-                intact = storage.sha256_file(path) == entry["sha256"]
-            except FileNotFoundError:
-                raise mismatch(uri, "is missing") from None
-            if not intact:
-                raise mismatch(uri, "does not match its manifest: it was changed or damaged")
-            self._arrays[shard] = np.load(path, mmap_mode="r", allow_pickle=False)
+        """The shard, mapped; of those that are, the longest unused is given up where there are too many."""
+        if shard in self._arrays:
+            self._arrays.move_to_end(shard)
+            return self._arrays[shard]
+        entry = self._shards[shard]
+        uri = storage.join(self._corpus_dir, entry["path"])
+        n_bytes = entry["tokens"] * self._item_bytes
+        self._arrays[shard] = self._cache.array(uri, entry["sha256"], n_bytes, checked=shard in self._checked)
+        self._checked.add(shard)
+        if len(self._arrays) > _OPEN_SHARDS:
+            self._arrays.popitem(last=False)
         return self._arrays[shard]
+
+
+def _around(manifest: dict[str, Any]) -> list[int]:
+    """The tokens that stand before and after those of the stream in every window."""
+    formation = manifest.get("formation")
+    if formation is None or not FORMATIONS[formation["name"]].block_specials:
+        return []
+    return [formation["specials"]["begin"], formation["specials"]["end"]]
 
 
 class Permutation:

@@ -50,6 +50,18 @@ def test_an_epoch_has_every_window_once(windows: WindowIndex) -> None:
     assert position == {"epoch": steps * 8 // n, "consumed_samples": steps * 8, "seed": 0}
 
 
+def test_a_run_goes_on_with_another_number_of_workers(windows: WindowIndex) -> None:
+    """1, 2, 4 and 1 again, a change every few steps and inside an epoch: the samples of the run that never changed."""
+    one = Batches(CONFIG, windows, 0)
+    steps = 3 * len(windows) // CONFIG.batch_size
+    for step in range(steps):
+        n_workers = (1, 2, 4, 1)[step * 4 // steps]
+        config = dataclasses.replace(CONFIG, n_workers=n_workers)
+        together = torch.cat([rows(config, windows, rank, step) for rank in range(n_workers)])
+        assert torch.equal(together, torch.cat([part.tokens_BN for part in one.at(step)]))
+        assert Batches(config, windows, n_workers - 1).position(step) == one.position(step)
+
+
 def test_reading_ahead_changes_nothing(windows: WindowIndex) -> None:
     batches = Batches(CONFIG, windows, 0)
     ahead = list(batches.from_step(37))

@@ -17,7 +17,6 @@ from armd.decoder import Decoder
 from armd.rows import Work
 from jobs.benchmarks import corpus, decode, serve, train
 from jobs.benchmarks.measure import Product, forward_products, peak_bytes
-from pipelines import storage
 
 B, N = 2, 8
 
@@ -142,34 +141,45 @@ def test_the_peak_counts_what_is_alive_at_once() -> None:
     assert peak_bytes(run, device) == 12_000
 
 
-def test_the_bare_tokenizer_has_every_core(
+def test_the_bare_tokenizer_has_every_core_and_every_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(corpus.PARALLELISM, "false")
+    monkeypatch.setattr(corpus, "_BATCH_CHARACTERS", 5)
+    given: list[list[str]] = []
+
+    def encode_batch(texts: list[str], add_special_tokens: bool) -> None:
+        assert os.environ[corpus.PARALLELISM] == "true"
+        assert not add_special_tokens
+        given.append(texts)
+
+    corpus.encode(encode_batch, ["ab", "cde", "f", "ghijklm", "n"])
+    assert given == [["ab", "cde"], ["f", "ghijklm"], ["n"]]
+    assert os.environ[corpus.PARALLELISM] == "false"
+
+
+def test_corpus_compares_the_stage_with_the_library(
     tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "a.txt").write_text(serving_parts.TEXT)
-    monkeypatch.setenv(corpus.PARALLELISM, "")
+    for number in range(30):
+        (tmp_path / f"{number}.txt").write_text(f"{serving_parts.TEXT} {number}")
+    runs: list[int] = []
 
-    def connect() -> None:
-        os.environ[corpus.PARALLELISM] = "false"
+    def in_tasks(function: Any, units: list[Any]) -> Any:
+        runs.append(sum(len(unit.files) for unit in units))
+        return enumerate(function(unit) for unit in units)
 
-    def stage(config: Any, inputs: Any, output_dir: str) -> dict[str, Any]:
-        assert os.environ[corpus.PARALLELISM] == "false"
-        storage.write_text(storage.join(output_dir, "tokenizer.json"), serving_parts.tokenizer().to_json())
-        return {"splits": {"train": {"tokens": 3}}}
-
-    seen = []
-    encode_batch = armd.Tokenizer.encode_batch
-
-    def bare(self: armd.Tokenizer, texts: Sequence[str]) -> Any:
-        seen.append(os.environ[corpus.PARALLELISM])
-        return encode_batch(self, texts)
-
-    monkeypatch.setattr(corpus.runtime, "connect", connect)
-    monkeypatch.setattr(corpus.corpus, "run", stage)
-    monkeypatch.setattr(armd.Tokenizer, "encode_batch", bare)
-    corpus.main(["--rounds", "2", "--sources", str(tmp_path / "a.txt")])
-    assert seen == ["true", "true"]
-    assert os.environ[corpus.PARALLELISM] == "false"
-    assert last_line(capsys)["tokens"] == 3
+    monkeypatch.setattr(corpus.runtime, "connect", lambda: None)
+    monkeypatch.setattr(corpus.corpus, "in_tasks", in_tasks)
+    monkeypatch.setattr(corpus, "_WINDOWS_READ", 10)
+    corpus.main(["--rounds", "2", "--repeat", "3", "--sources", str(tmp_path), "--sequence-length", "8"])
+    assert runs == [90] * 3, "one run to train the tokenizer and two that are measured, each of three copies"
+    result = last_line(capsys)
+    assert (result["documents"], result["n"]) == (90, 2)
+    assert set(result["seconds"]) == {"corpus stage", "encode_batch", "encode_batch_fast"}
+    stage, fast = (result["seconds"][name]["median"] for name in ("corpus stage", "encode_batch_fast"))
+    assert result["ratios"]["encode_batch_fast"] == pytest.approx(fast / stage)
+    assert result["peak_bytes"]["driver"] > 50e6
+    assert 0 < result["cpu_seconds"]["corpus stage"]["min"] <= 2 * stage * (os.cpu_count() or 1)
+    assert result["reader_tokens_per_second"] > 0
 
 
 def test_serve_counts_tokens_and_stops_where_the_server_does(

@@ -1,5 +1,6 @@
 """pipelines.corpus: the whole stage, in process and on Ray; restarts, counts, bad input, an object store."""
 
+import functools
 import gzip
 import json
 import math
@@ -7,7 +8,7 @@ import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +18,10 @@ import pytest
 from armd.tokenizer import Tokenizer
 from pipelines import corpus, corpus_tokenizer, shards, storage
 from pipelines.corpus_config import CorpusConfig
+from pipelines.corpus_tasks import in_tasks
 from pipelines.errors import UserError
 from pipelines.manifest import verify_files
+from pipelines.shard_cache import ShardCache
 from pipelines.sources import InputFile, Unit, input_files, work_units
 from pipelines.windows import WindowIndex
 
@@ -29,13 +32,13 @@ Files = dict[str, bytes]
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Units one after the other in this process, in an arbitrary order, as Ray may finish them."""
 
-    def each_unit(units: list, settings: shards.UnitSettings) -> Iterator[tuple[int, dict]]:
+    def in_tasks(function: Callable[[Unit], dict], units: list[Unit]) -> Iterator[tuple[int, dict]]:
         order = list(range(len(units)))
         random.Random(len(units)).shuffle(order)
         for index in order:
-            yield index, json.loads(json.dumps(shards.make_unit(units[index], settings)))
+            yield index, json.loads(json.dumps(function(units[index])))
 
-    monkeypatch.setattr(corpus, "each_unit", each_unit)
+    monkeypatch.setattr(corpus, "in_tasks", in_tasks)
 
 
 @pytest.fixture
@@ -90,7 +93,7 @@ class Recorder:
 def test_corpus_holds_every_document_once(tmp_path: Path, source: str, in_process: None) -> None:
     progress = Recorder()
     manifest = corpus.run(small(source), {}, str(tmp_path / "out"), progress)
-    assert manifest["documents"] == {"read": 200, "used": 200, "empty": 0, "quarantined": 0}
+    assert manifest["documents"] == {"read": 200, "used": 200, "empty": 0, "duplicate": 0, "quarantined": 0}
     assert (manifest["stage"], manifest["sequence_length"], manifest["dtype"]) == ("corpus", 32, "uint16")
     assert (tmp_path / "out" / "quarantine.jsonl").read_bytes() == b""
     tokenizer = Tokenizer.load(tmp_path / "out")
@@ -142,7 +145,7 @@ def test_one_document_each_for_training_and_validation(tmp_path: Path, in_proces
     (tmp_path / "rest.txt.gz").write_bytes(gzip.compress(text[-90_000:].encode()))
     config = small(str(tmp_path / "train.txt"), validation_sources=(str(tmp_path / "rest.txt.gz"),))
     manifest = corpus.run(config, {}, str(tmp_path / "out"))
-    assert manifest["documents"] == {"read": 2, "used": 2, "empty": 0, "quarantined": 0}
+    assert manifest["documents"] == {"read": 2, "used": 2, "empty": 0, "duplicate": 0, "quarantined": 0}
     tokenizer = Tokenizer.load(tmp_path / "out")
     for split, expected in (("train", text[:-90_000]), ("validation", text[-90_000:])):
         assert manifest["splits"][split]["documents"] == 1
@@ -238,7 +241,7 @@ def test_second_run_reads_nothing_again(
     tmp_path: Path, source: str, in_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = corpus.run(small(source), {}, str(tmp_path / "out"))
-    monkeypatch.setattr(corpus, "each_unit", None)
+    monkeypatch.setattr(corpus, "in_tasks", None)
     assert corpus.run(small(source), {}, str(tmp_path / "out")) == first
 
 
@@ -250,11 +253,11 @@ def test_killed_run_is_continued_and_gives_the_same_files(
     make_unit, train = shards.make_unit, Tokenizer.train
     made: list[int] = []
 
-    def killed(*arguments: object) -> dict:
+    def killed(unit: Unit, settings: shards.UnitSettings) -> dict:
         if len(made) == 3:
             raise KeyboardInterrupt
         made.append(1)
-        return make_unit(*arguments)  # type: ignore[arg-type]
+        return make_unit(unit, settings)
 
     monkeypatch.setattr(shards, "make_unit", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -323,7 +326,7 @@ def test_quarantine_is_written_and_counted(tmp_path: Path, source: str, in_proce
     bad = Path(source, "5.jsonl")
     bad.write_bytes(bad.read_bytes() + b'{"text": "torn\n{"text": ""}\n{"other": 1}\n')
     manifest = corpus.run(small(source, max_quarantined=0.01), {}, str(tmp_path / "out"))
-    assert manifest["documents"] == {"read": 203, "used": 200, "empty": 1, "quarantined": 2}
+    assert manifest["documents"] == {"read": 203, "used": 200, "empty": 1, "duplicate": 0, "quarantined": 2}
     lines = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
     assert [(entry["source"], entry["line"]) for entry in map(json.loads, lines)] == [(str(bad), 21), (str(bad), 23)]
     assert all(entry["reason"] for entry in map(json.loads, lines))
@@ -333,6 +336,53 @@ def test_quarantine_is_written_and_counted(tmp_path: Path, source: str, in_proce
         corpus.run(small(source, max_quarantined=0.009), {}, str(tmp_path / "strict"))
     assert not (tmp_path / "strict" / "manifest.json").exists()
     assert (tmp_path / "strict" / "quarantine.jsonl").read_text().count("\n") == 2
+
+
+def test_duplicates_are_dropped_by_choice_and_counted(tmp_path: Path, source: str, in_process: None) -> None:
+    texts = documents_of(source)
+    repeated = [texts[3], texts[150], "a new one", texts[3]]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in repeated)
+    Path(source, "9a.jsonl").write_text(lines + "{torn\n\n" + '{"text": " "}\n')
+    config = small(source, max_quarantined=0.1)
+    kept = corpus.run(config, {}, str(tmp_path / "all"))
+    assert kept["documents"] == {"read": 206, "used": 204, "empty": 1, "duplicate": 0, "quarantined": 1}
+    manifest = corpus.run(replace(config, drop_duplicates=True), {}, str(tmp_path / "out"))
+    assert manifest["documents"] == {"read": 206, "used": 201, "empty": 1, "duplicate": 3, "quarantined": 1}
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    for split, held_out in (("train", False), ("validation", True)):
+        pieces = tokenizer.decode(stream_of(tmp_path / "out", manifest, split)).split(tokenizer.eos_token)
+        assert pieces == [*(text for text in [*texts, "a new one"] if shards.is_held_out(text, 0.2) == held_out), ""]
+    assert not (tmp_path / "out" / "hashes").exists()
+
+
+def test_the_manifest_tells_what_the_corpus_is_like(tmp_path: Path, source: str, in_process: None) -> None:
+    texts = documents_of(source)
+    bad = b'{"text": "torn\n{"text": "\xff"}\n{"text": 1}\n{"text"\n'
+    Path(source, "x.jsonl").write_bytes(bad)
+    manifest = corpus.run(small(source, max_quarantined=0.1), {}, str(tmp_path / "out"))
+    assert manifest["quarantine_reasons"] == {"not JSON": 2, "not UTF-8": 1, "field 'text' is not text but int": 1}
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    training = [text for text in texts if not shards.is_held_out(text, 0.2)]
+    lengths = Counter((len(tokenizer.encode(text)) + 1).bit_length() for text in training)
+    found = manifest["splits"]["train"]["lengths"]
+    assert {size: count for size, count in enumerate(found) if count} == lengths
+    expected = sorted((storage.sha256_bytes(text.encode())[:16], text) for text in training)[:10]
+    assert [sample["hash"] for sample in manifest["samples"]] == [digest for digest, _ in expected]
+    for sample, (_, text) in zip(manifest["samples"], expected, strict=True):
+        assert sample["tokens"] == len(tokenizer.encode(text)) + 1
+        shown = "".join(sample["shown"])
+        assert shown == (text + tokenizer.eos_token)[: len(shown)]
+        assert len(sample["shown"]) == min(160, sample["tokens"])
+
+
+def test_samples_show_characters_whole(tmp_path: Path, in_process: None) -> None:
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text(f"\u4e00\u4e8c {chr(0x4E00 + number)} \U0001f600 x{number}")
+    manifest = corpus.run(small(str(tmp_path / "*.txt"), vocab_size=257, sequence_length=4), {}, str(tmp_path / "out"))
+    for sample in manifest["samples"]:
+        assert "\u4e00" in sample["shown"]
+        assert "\U0001f600" in sample["shown"]
+        assert "\ufffd" not in "".join(sample["shown"])
 
 
 BAD: list[tuple[str, Files, dict, str, str]] = [
@@ -393,7 +443,7 @@ def test_tokenizer_from_an_object_store(source: str, tmp_path: Path) -> None:
 
 def test_tokenizer_sample_is_bounded_spread_and_of_the_training_split(source: str) -> None:
     config = small(source, tokenizer_sample_bytes=4000)
-    units = work_units(input_files(config.sources), 1, config.validation_fraction)
+    units = work_units(input_files(config.sources), 7_000, config.validation_fraction)
     sample = corpus_tokenizer.training_sample(config, units)
     assert 3000 < sum(map(len, sample)) <= 4000
     places = set()
@@ -409,8 +459,8 @@ def test_output_that_other_nodes_do_not_share_is_noticed(
 ) -> None:
     make_unit = shards.make_unit
 
-    def elsewhere(*arguments: object) -> dict:
-        record = make_unit(*arguments)  # type: ignore[arg-type]
+    def elsewhere(unit: Unit, settings: shards.UnitSettings) -> dict:
+        record = make_unit(unit, settings)
         storage.remove_tree(str(tmp_path / "out" / record["splits"]["train"]["shards"][0]["path"]))
         return record
 
@@ -434,19 +484,17 @@ def test_ray_gives_the_same_files_and_passes_errors_on(
     printed = capfd.readouterr()
     assert printed.out + printed.err == ""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            corpus, "each_unit", lambda units, settings: enumerate(shards.make_unit(unit, settings) for unit in units)
-        )
+        patch.setattr(corpus, "in_tasks", lambda function, units: enumerate(function(unit) for unit in units))
         assert timeless(corpus.run(config, {}, str(tmp_path / "alone"))) == timeless(manifest)
     assert content(tmp_path / "ray") == content(tmp_path / "alone")
-    nowhere = InputFile(uri="nosuch://x/y.txt", name="", format="txt", compression="", size=1, version="")
+    nowhere = InputFile(uri="nosuch://x/y.txt", name="0:y.txt", format="txt", compression="", size=1, version="")
     settings = shards.UnitSettings(
         output_dir=str(tmp_path / "error"),
         tokenizer_json=Tokenizer.load(tmp_path / "ray").to_json(),
-        text_field="text",
     )
+    unit = Unit(files=(nowhere,), validation_fraction=0.5)
     with pytest.raises(UserError, match="nosuch://x/y") as error:
-        list(corpus.each_unit([Unit(files=(nowhere,), validation_fraction=0.5)], settings))
+        list(in_tasks(functools.partial(shards.make_unit, settings=settings), [unit]))
     assert error.value.fix
     printed = capfd.readouterr()
     assert "Traceback" not in printed.out + printed.err
@@ -489,7 +537,7 @@ def test_object_store_in_and_out(tmp_path: Path, source: str, in_process: None, 
     assert manifest["splits"] == local["splits"]
     assert storage.list_names(out) == ["manifest.json", "quarantine.jsonl", "shards", "tokenizer.json", "units"]
     verify_files(out, manifest["splits"]["train"]["shards"])
-    index = WindowIndex(out, "train", str(tmp_path / "cache"))
+    index = WindowIndex(out, "train", ShardCache(str(tmp_path / "cache")))
     expected = WindowIndex(str(tmp_path / "local"), "train")
     assert index[7].tolist() == expected[7].tolist()
     storage.remove_tree(f"{out}/manifest.json")

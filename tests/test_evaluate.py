@@ -124,6 +124,15 @@ def test_bytes_are_those_of_the_scored_text(tokenizer: Tokenizer) -> None:
     assert evaluate._text_bytes(stream, tokenizer) == sum(len(text.encode("utf-8")) for text in TEXTS)
 
 
+def test_what_stands_round_a_sequence_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "sat"]))
+    tokenizer = Tokenizer.load(tmp_path / "vocab.txt")
+    cls, sep, pad = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
+    assert (cls, sep, pad) == (2, 3, 0)
+    stream = np.array([cls, 5, 6, sep, cls, 6, sep, pad, pad])
+    assert evaluate._text_bytes(stream, tokenizer) == len("cat sat") + len("sat")
+
+
 def test_pieces_put_a_cut_character_together(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(TEXTS[1])
     pieces = evaluate._pieces(tokenizer, ids)

@@ -2,8 +2,10 @@
 
 import gzip
 import io
+import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pipelines import storage
+from pipelines import byte_stream, storage
+from pipelines.corpus_config import Reading
 from pipelines.errors import UserError
-from pipelines.records import Record, read_records
+from pipelines.records import Record, read_records, records_before
 from pipelines.sources import InputFile, input_files
 
 ZSTD = zstandard.ZstdCompressor(write_checksum=True)
@@ -24,10 +27,10 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-def read(folder: Path, name: str, data: bytes, field: str = "text") -> list[Record]:
+def read(folder: Path, name: str, data: bytes, field: str = "text", **reading: str) -> list[Record]:
     (folder / name).write_bytes(data)
     (file,) = input_files([str(folder / name)])
-    return list(read_records(file, field))
+    return list(read_records(file, Reading(text_field=field, **reading)))
 
 
 def parquet(table: pa.Table, **options: object) -> bytes:
@@ -175,7 +178,7 @@ def test_file_that_vanished_is_reported(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("text")
     (file,) = input_files([str(tmp_path / "x.txt")])
     (tmp_path / "x.txt").unlink()
-    assert list(read_records(file, "text")) == [Record(line=0, reason="cannot be opened: No such file or directory")]
+    assert list(read_records(file, Reading())) == [Record(line=0, reason="cannot be opened: No such file or directory")]
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.txt.gz", "x.jsonl.zst", "x.parquet"])
@@ -188,4 +191,68 @@ def test_a_failing_disk_is_not_a_bad_record(tmp_path: Path, monkeypatch: pytest.
     kind, _, compression = name.removeprefix("x.").partition(".")
     file = InputFile(uri=str(tmp_path / name), name="", format=kind, compression=compression, size=1000, version="")
     with pytest.raises(UserError, match=f"reading .*{name} failed: Input/output error"):
-        list(read_records(file, "text"))
+        list(read_records(file, Reading()))
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+@pytest.mark.parametrize("separator", ["\n", "\n\n", "%", "--\n--"])
+def test_documents_between_separators(
+    tmp_path: Path, ending: str, separator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against str.split, whatever the pieces that are read; BOM and CRLF as in other files."""
+    text = "one\n\n\n\ntwo%three\n%%--\n--\n--\r\rfour\n\nlast"
+    data = b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode()
+    pieces = text.split(separator)
+    begins = [
+        1 + separator.join(pieces[:i]).count("\n") + (separator.count("\n") if i else 0) for i in range(len(pieces))
+    ]
+    expected = [Record(line=line, text=piece) for line, piece in zip(begins, pieces, strict=True)]
+    for size in (1, 2, 3, 7, 1 << 20):
+        monkeypatch.setattr(byte_stream, "CHUNK", size)
+        assert read(tmp_path, f"x.txt{ending}", COMPRESS[ending](data), document_separator=separator) == expected
+    assert read(tmp_path, "y.md", f"a{separator}b{separator}".encode(), document_separator=separator)[-1].text == "b"
+
+
+def test_one_bad_document_of_a_text_file(tmp_path: Path) -> None:
+    records = read(tmp_path, "x.txt", b"good\n\nb\xffd\nis bad\n\nalso good\n\nnul \0\n", document_separator="\n\n")
+    assert [(record.line, record.text, record.reason) for record in records] == [
+        (1, "good", ""),
+        (3, "", "not UTF-8: byte 0xff at 1"),
+        (6, "also good", ""),
+        (8, "", "holds a NUL character"),
+    ]
+    torn = gzip.compress(b"first\n\nsecond", 0)[:-12]
+    assert read(tmp_path, "x.txt.gz", torn, document_separator="\n\n")[-1].reason.startswith("damaged archive")
+
+
+def parts_of(file: InputFile, n_parts: int) -> list[InputFile]:
+    ends = [part * file.size // n_parts for part in range(n_parts + 1)]
+    return [replace(file, begin=begin, end=end) for begin, end in itertools.pairwise(ends)]
+
+
+@pytest.mark.parametrize("n_parts", [1, 2, 3, 17, 400])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_parts_of_a_file_have_every_record_once(tmp_path: Path, kind: str, n_parts: int) -> None:
+    texts = [f"document {number} {'long ' * (number % 23)}" for number in range(60)]
+    lines = [json.dumps({"text": text}) for text in texts]
+    lines[7:8] = [lines[7], "", "{torn"]
+    lines[50] = "{" + "x" * 900
+    (tmp_path / "x.jsonl").write_text("\ufeff" + "\n".join(lines))
+    column = pa.array([None if number in (7, 50) else text for number, text in enumerate(texts)])
+    (tmp_path / "x.parquet").write_bytes(parquet(pa.table({"text": column}), row_group_size=7))
+    (file,) = input_files([str(tmp_path / f"x.{kind}")])
+    whole = list(read_records(file, Reading()))
+    assert sum(bool(record.reason) for record in whole) == 2
+    found = [
+        replace(record, line=record.line + records_before(part))
+        for part in parts_of(file, n_parts)
+        for record in read_records(part, Reading())
+    ]
+    assert found == whole
+
+
+def test_a_damaged_parquet_file_is_reported_once(tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 not at all" * 100)
+    (file,) = input_files([str(tmp_path / "x.parquet")])
+    records = [record for part in parts_of(file, 5) for record in read_records(part, Reading())]
+    assert [(record.line, record.reason[:14]) for record in records] == [(0, "not a Parquet ")]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pipelines import report, report_charts, report_sections
+from pipelines import report, report_charts, report_corpus, report_sections
 from pipelines.errors import UserError
 from pipelines.manifest import write_manifest
 from pipelines.report import ReportConfig
@@ -96,11 +96,22 @@ def make_bodies() -> dict[str, dict[str, Any]]:
     answer = " value of this object as a string, or None if it was not found."
     response = {"object": "text_completion", "choices": [{"index": 0, "text": answer, "finish_reason": "length"}]}
     splits = {
-        "train": {"documents": 16482, "tokens": 1012394, "bytes": 3201190, "shards": []},
-        "validation": {"documents": 861, "tokens": 52011, "bytes": 160220, "shards": []},
+        "train": {"documents": 16482, "tokens": 1012394, "bytes": 3201190, "shards": [], "lengths": [0, 0, 9, 16473]},
+        "validation": {"documents": 861, "tokens": 52011, "bytes": 160220, "shards": [], "lengths": [0, 1, 860]},
     }
-    documents = {"read": 17350, "used": 17343, "empty": 7, "quarantined": 0}
-    corpus = {"documents": documents, "splits": splits, "vocab_size": 2048, "sequence_length": 256}
+    documents = {"read": 17355, "used": 17343, "empty": 7, "duplicate": 0, "quarantined": 5}
+    corpus = {
+        "documents": documents,
+        "quarantine_reasons": {"damaged archive": 1, "not UTF-8": 4},
+        "splits": splits,
+        "vocab_size": 2048,
+        "sequence_length": 256,
+        "formation": {"name": "packed", "version": 1, "specials": {}},
+        "samples": [
+            {"hash": "00", "tokens": 4, "shown": ["Short", " and", " whole", "<|endoftext|>"]},
+            {"hash": "01", "tokens": 900, "shown": ["A", " long", " one"]},
+        ],
+    }
     train = {"parameters": 1340288, "steps": 800, "tokens": 3276800, "tokens_per_second": 17120.4}
     return {
         "corpus": {**corpus, "tokenizer_sha256": "9f2c" * 16},
@@ -192,7 +203,7 @@ def parse(page: str) -> Structure:
 
 def test_the_page_is_well_formed_and_alone(page: str) -> None:
     structure = parse(page)
-    assert structure.tags["svg"] == 4, "two charts, each wide and narrow"
+    assert structure.tags["svg"] == 6, "three charts, each wide and narrow"
     assert max(structure.ids.values()) == 1
     assert structure.tags["script"] == structure.tags["link"] == structure.tags["img"] == 0
     outside = [one for one in structure.attributes if one[1] in ("src", "href", "xlink:href", "action", "srcset")]
@@ -223,7 +234,11 @@ def test_the_numbers_are_there(page: str) -> None:
         "Parameters 1.34 M 4 layers, width 128, 4 heads",
         "Trained on 3.28 M tokens 800 steps",
         "2 workers, ZeRO stage 2",
-        "17,350 read: 17,343 used, 7 empty, 0 quarantined",
+        "17,355 read: 17,343 used, 7 empty, 5 quarantined",
+        "4 not UTF-8 1 damaged archive",
+        "256 tokens, packed v1",
+        "2 training documents as the model sees them",
+        "900 tokens, the first 3 shown A long one",
         "3 min 51 s",
         "up after 14 s, answered in 0.3 s. It ended with the command",
         "4 min 52 s in all",
@@ -257,6 +272,8 @@ def test_text_of_models_and_people_stays_text(tmp_path: Path) -> None:
     bodies["evaluate"]["samples"][0]["tokens"][3]["text"] = HOSTILE
     bodies["evaluate"]["samples"][4]["prompt"] = HOSTILE
     bodies["evaluate"]["device"] = HOSTILE
+    bodies["corpus"]["samples"][0]["shown"][1] = HOSTILE
+    bodies["corpus"]["quarantine_reasons"] = {HOSTILE: 5}
     bodies["deploy"]["request"]["prompt"] = HOSTILE
     bodies["deploy"]["response"]["choices"][0]["text"] = HOSTILE
     recipe = copy.deepcopy(RECIPE)
@@ -264,7 +281,7 @@ def test_text_of_models_and_people_stays_text(tmp_path: Path) -> None:
     structure = parse(make_report(tmp_path, bodies, title=HOSTILE, recipe=recipe))
     assert structure.tags["script"] == structure.tags["img"] == 0
     assert not [one for one in structure.attributes if one[1].startswith("on")]
-    assert "".join(structure.text).count(HOSTILE) >= 8
+    assert "".join(structure.text).count(HOSTILE) >= 10
 
 
 def test_held_out_sources_show_where_there_are_any(page: str, tmp_path: Path) -> None:
@@ -272,6 +289,20 @@ def test_held_out_sources_show_where_there_are_any(page: str, tmp_path: Path) ->
     recipe["corpus"]["validation_sources"] = []
     assert "<code>held/out.txt</code>" in page
     assert "held-out sources" not in make_report(tmp_path, recipe=recipe)
+
+
+def test_bars_of_lengths_hold_every_document() -> None:
+    drawing = report_corpus.lengths_chart([0, 0, 10, 860, 16473])
+    for count, length in (("10", "2"), ("860", "4"), ("16.5 k", "8")):
+        assert len(re.findall(f">{re.escape(count)}</text>", drawing)) >= 2
+        assert len(re.findall(f">{length}</text>", drawing)) >= 2
+    assert report_corpus.lengths_chart([]).count("<svg") == 2
+
+
+def test_duplicates_show_where_they_are_dropped(tmp_path: Path) -> None:
+    bodies = make_bodies()
+    bodies["corpus"]["documents"] |= {"read": 17365, "duplicate": 10}
+    assert "7 empty, 10 duplicate, 5 quarantined" in make_report(tmp_path, bodies)
 
 
 def test_credentials_in_uris_do_not_show(tmp_path: Path) -> None:
@@ -297,7 +328,7 @@ def test_fewer_streams_and_no_schedule(tmp_path: Path, streams: list[str]) -> No
     recipe = copy.deepcopy(RECIPE)
     recipe["train"] |= {"strided_steps": 0, "max_shuffled": 0}
     structure = parse(make_report(tmp_path, bodies, recipe=recipe))
-    assert structure.tags["svg"] == 4
+    assert structure.tags["svg"] == 6
 
 
 def test_an_unfinished_stage_is_named(tmp_path: Path) -> None:

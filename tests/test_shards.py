@@ -10,7 +10,9 @@ import pytest
 
 from armd.tokenizer import Tokenizer
 from pipelines import shards, storage
-from pipelines.shards import UnitSettings, is_held_out, make_unit, packed_counts, token_dtype, unit_key, unpacked_counts
+from pipelines.corpus_config import Reading
+from pipelines.shard_file import packed_counts, token_dtype, unpacked_counts
+from pipelines.shards import UnitSettings, is_held_out, make_unit, unit_key
 from pipelines.sources import Unit, input_files
 
 TEXTS = [f"document number {number} says {'word ' * (number % 7)}" for number in range(60)]
@@ -36,7 +38,7 @@ def read(source: Path, validation_fraction: float = 0.3) -> Unit:
 
 
 def settings(tmp_path: Path, tokenizer: Tokenizer, **changes: object) -> UnitSettings:
-    values: dict = {"output_dir": str(tmp_path / "out"), "tokenizer_json": tokenizer.to_json(), "text_field": "text"}
+    values: dict = {"output_dir": str(tmp_path / "out"), "tokenizer_json": tokenizer.to_json()}
     return UnitSettings(**{**values, **changes})
 
 
@@ -54,7 +56,7 @@ def test_shards_are_the_documents_in_order(
 ) -> None:
     monkeypatch.setattr(shards, "_BATCH_CHARACTERS", batch)
     record = make_unit(unit, settings(tmp_path, tokenizer))
-    assert record["documents"] == {"read": 62, "used": 60, "empty": 1, "quarantined": 1}
+    assert record["documents"] == {"read": 62, "used": 60, "empty": 1, "duplicate": 0, "quarantined": 1}
     assert record["quarantine"] == [
         {
             "source": unit.files[0].uri,
@@ -74,6 +76,47 @@ def test_shards_are_the_documents_in_order(
         assert (
             unpacked_counts(part["counts"]).tolist() == np.bincount(expected, minlength=tokenizer.vocab_size).tolist()
         )
+
+
+def test_a_long_document_is_tokenised_in_parts(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And gives what it gives as a whole, in every formation that has parts to put together."""
+    monkeypatch.setattr("armd.tokenizer._PIECE", 64)
+    text = " ".join(TEXTS)
+    (tmp_path / "x.txt").write_text(text)
+    ids = tokenizer.encode(text)
+    assert len(text) > 2000
+    calls: list[list[str]] = []
+    stream = Tokenizer.encode_stream
+    monkeypatch.setattr(Tokenizer, "encode_stream", lambda self, parts: calls.append(parts) or stream(self, parts))
+    for batch, n_calls in ((1 << 20, 0), (1000, 1)):
+        monkeypatch.setattr(shards, "_BATCH_CHARACTERS", batch)
+        for formation, expected in (("packed", [*ids, tokenizer.eos_id]), ("mdlm-bd3lm", ids)):
+            config = settings(tmp_path, tokenizer, output_dir=str(tmp_path / "out" / str(batch)), formation=formation)
+            calls.clear()
+            record = make_unit(read(tmp_path / "x.txt", 0.0), config)
+            (shard,) = record["splits"]["train"]["shards"]
+            assert np.load(Path(config.output_dir) / shard["path"]).tolist() == expected
+            assert len(calls) == n_calls
+            assert record["splits"]["train"]["lengths"][len(expected).bit_length()] == 1
+
+
+def test_lengths_and_samples_by_a_plain_loop(tmp_path: Path, tokenizer: Tokenizer, unit: Unit) -> None:
+    record = make_unit(unit, settings(tmp_path, tokenizer))
+    for split, held_out in (("train", False), ("validation", True)):
+        texts = [text for text in TEXTS if is_held_out(text, 0.3) == held_out]
+        lengths: dict[int, int] = {}
+        stream: list[int] = []
+        places = []
+        for text in texts:
+            ids = [*tokenizer.encode(text), tokenizer.eos_id]
+            lengths[len(ids).bit_length()] = lengths.get(len(ids).bit_length(), 0) + 1
+            places.append([storage.sha256_bytes(text.encode())[:16], len(stream), len(ids)])
+            stream += ids
+        part = record["splits"][split]
+        assert {size: count for size, count in enumerate(part["lengths"]) if count} == lengths
+        assert part["samples"] == sorted(places)[:10]
 
 
 def test_finished_unit_is_taken_over_and_a_damaged_one_made_again(
@@ -114,12 +157,18 @@ def test_key_follows_everything_that_shards_depend_on(tmp_path: Path, tokenizer:
         unit_key(unit, config),
         unit_key(replace(unit, files=unit.files[1:]), config),
         unit_key(unit, settings(tmp_path, other)),
-        unit_key(unit, settings(tmp_path, tokenizer, text_field="body")),
+        unit_key(unit, settings(tmp_path, tokenizer, reading=Reading(text_field="body"))),
+        unit_key(unit, settings(tmp_path, tokenizer, reading=Reading(document_separator="x"))),
+        unit_key(unit, settings(tmp_path, tokenizer, reading=Reading(detokenizer="ptb"))),
+        unit_key(unit, settings(tmp_path, tokenizer, formation="sedd-radd")),
+        unit_key(unit, settings(tmp_path, tokenizer, row_length=8)),
         unit_key(replace(unit, validation_fraction=0.2), config),
+        unit_key(replace(unit, dropped=packed_counts(np.array([3]))), config),
+        unit_key(replace(unit, files=(replace(unit.files[0], begin=1), *unit.files[1:])), config),
     }
     os.utime(unit.files[0].uri, ns=(5, 5))
     keys.add(unit_key(read(tmp_path / "in"), config))
-    assert len(keys) == 6
+    assert len(keys) == 12
     assert unit_key(unit, config) == unit_key(unit, settings(tmp_path, tokenizer, output_dir="elsewhere"))
 
 
@@ -138,7 +187,7 @@ def test_a_failing_unit_leaves_no_record_and_no_scratch(
 def test_unit_without_text_has_no_shards(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "x.txt").write_text(" \n")
     record = make_unit(read(tmp_path / "x.txt"), settings(tmp_path, tokenizer))
-    assert record["documents"] == {"read": 1, "used": 0, "empty": 1, "quarantined": 0}
+    assert record["documents"] == {"read": 1, "used": 0, "empty": 1, "duplicate": 0, "quarantined": 0}
     assert [record["splits"][split]["shards"] for split in shards.SPLITS] == [[], []]
     assert make_unit(read(tmp_path / "x.txt"), settings(tmp_path, tokenizer)) == record
 

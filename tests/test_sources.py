@@ -3,6 +3,7 @@
 import itertools
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,29 @@ def test_units_hold_every_file_once_in_order_and_keep_to_their_size(sizes: list[
         assert sum(file.size for file in unit) + following[0].size > limit
 
 
+@given(size=st.integers(1, 5_000_000), unit_bytes=st.integers(1, 3_000_000))
+def test_a_large_plain_file_is_cut(size: int, unit_bytes: int) -> None:
+    file = InputFile(uri="x", name="0:x", format="jsonl", compression="", size=size, version="")
+    units = work_units([file], unit_bytes, validation_fraction=0.5)
+    parts = [part for unit in units for part in unit.files]
+    assert sum(part.read_bytes for part in parts) == size
+    if len(parts) > 1:
+        assert [part.begin for part in parts] == [0, *(part.end for part in parts[:-1])]
+        assert parts[-1].end == size
+        assert len({str(part.identity) for part in parts}) == len(parts)
+        assert max(part.read_bytes for part in parts) <= max(10_000, min(unit_bytes, max(1_000_000, size // 16)))
+    for whole in (replace(file, compression="gz"), replace(file, format="txt")):
+        assert [unit.files for unit in work_units([whole], unit_bytes, validation_fraction=0.5)] == [(whole,)]
+
+
+def test_units_keep_to_one_source_where_that_is_asked(tmp_path: Path) -> None:
+    write(tmp_path, "a/1.txt", "a/2.txt", "b/1.txt")
+    files = input_files([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert len(work_units(files, 1000, validation_fraction=0.5)) == 1
+    units = work_units(files, 1000, validation_fraction=0.5, by_source=True)
+    assert [[file.name for file in unit.files] for unit in units] == [["0:1.txt", "0:2.txt"], ["1:1.txt"]]
+
+
 def test_python_docs_are_real_text() -> None:
     files = input_files(["python-docs"])
     paths = [file.uri.removeprefix("python-docs:") for file in files]
@@ -222,6 +246,11 @@ if x:
         ("max_quarantined", -0.1),
         ("max_quarantined", 1.1),
         ("text_field", ""),
+        ("detokenizer", "wiki"),
+        ("formation", "pack"),
+        ("weights", (1.0, 2.0)),
+        ("weights", (0.0,)),
+        ("weights", (float("inf"),)),
         ("unit_bytes", 0),
         ("tokenizer_sample_bytes", 0),
     ],

@@ -1,5 +1,6 @@
 """pipelines.windows: windows against the plain concatenation, damaged shards, the permutation."""
 
+import os
 import pickle
 import subprocess
 import sys
@@ -11,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines import storage
+from pipelines import storage, windows
 from pipelines.errors import UserError
 from pipelines.manifest import write_manifest
+from pipelines.shard_cache import ShardCache
 from pipelines.windows import Permutation, WindowIndex
 
 
@@ -92,13 +94,27 @@ def test_remote_shards_are_fetched_once(tmp_path) -> None:
     remote.put(str(tmp_path / "local"), "/windows-corpus", recursive=True)
     cache = tmp_path / "cache"
     try:
-        index = WindowIndex("memory://windows-corpus", "train", str(cache))
+        index = WindowIndex("memory://windows-corpus", "train", ShardCache(str(cache)))
         np.testing.assert_array_equal(index[2], stream[16:24])
-        assert len(list(cache.iterdir())) == 2
+        assert len(list(cache.glob("*.npy"))) == 2
         np.testing.assert_array_equal(index[3], stream[24:32])
-        assert len(list(cache.iterdir())) == 2
+        assert len(list(cache.glob("*.npy"))) == 2
     finally:
         remote.rm("/windows-corpus", recursive=True)
+
+
+def test_open_files_are_bounded_and_checked_once(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = make_corpus(str(tmp_path), [8] * 12, 8)
+    monkeypatch.setattr(windows, "_OPEN_SHARDS", 3)
+    sums: list[str] = []
+    sha256_file = storage.sha256_file
+    monkeypatch.setattr(storage, "sha256_file", lambda uri: sums.append(uri) or sha256_file(uri))
+    index = WindowIndex(str(tmp_path), "train")
+    before = len(os.listdir("/proc/self/fd"))
+    for number in [*range(12), *reversed(range(12))]:
+        np.testing.assert_array_equal(index[number], stream[8 * number : 8 * number + 8])
+        assert len(os.listdir("/proc/self/fd")) <= before + 3
+    assert len(sums) == 12
 
 
 def test_needs_neither_torch_nor_ray() -> None:
