@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from armd.attention import rotary_angles
 from armd.cache import Cache
-from armd.cached_layer import CachedLayer
+from armd.cached_layer import CachedLayer, rotary_rows
 from armd.model import ARMD
 from armd.rows import Rows, Run, Work
 
@@ -40,8 +39,7 @@ class Decoder:
             # One position more than there are, for the padding, which aggregates nothing.
             self._prefix_table = F.pad(model.prefix_table.float(), (0, 0, 0, 1))
             everywhere = torch.arange(config.max_length + 1, device=cache.prefix.device)
-            cosines, sines = rotary_angles(everywhere, config.d_model // config.n_heads)[:, None].chunk(2, dim=-1)
-            self._cosines, self._sines = torch.cat([cosines, cosines], -1), torch.cat([-sines, sines], -1)
+            self._cosines, self._sines = rotary_rows(everywhere, config.d_model // config.n_heads)
 
     @torch.inference_mode()
     def step(self, work: Sequence[Work]) -> Tensor:
