@@ -36,6 +36,8 @@ class SampleOptions:
     """exact verifies what was drafted in parallel: texts as if written one token at a time in the same order."""
     threshold: float = 0.0
     """In parallel mode, fill only places where the most probable token reaches this; the others wait."""
+    max_entropy: float | None = None
+    """In parallel mode, fill places, the surest first, until the entropies of those before exceed this many nats."""
     max_tokens: int | None = None
     """Tokens to write at most; None: 128, or as many as the model's length leaves."""
     temperature: float = 1.0
@@ -89,6 +91,7 @@ def _write(chosen: SampleOptions) -> tuple[list[dict[str, Any]], float]:
         n_streams=chosen.n_streams,
         mode=chosen.mode,
         threshold=chosen.threshold,
+        max_entropy=chosen.max_entropy,
         temperature=chosen.temperature,
         top_p=chosen.top_p,
         top_k=chosen.top_k,

@@ -6,6 +6,7 @@ pass, and those that it has alone, to rounding, as products of other row counts 
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -62,7 +63,7 @@ def parallel_logprobs(
     ranked = known + [position for positions in steps for position in positions]
     unwritten = [position for position in holes if position not in ranked]  # behind a stop token; seen by nobody
     tokens = torch.tensor([text])
-    if params.threshold:  # each as if it alone came next
+    if params.adaptive:  # each as if it alone came next
         logprobs = []
         for step, positions in enumerate(steps):
             before = known + [position for earlier in steps[:step] for position in earlier]
@@ -99,6 +100,7 @@ MODES: dict[str, dict[str, Any]] = {
     "exact, cooler": {"mode": "exact", "temperature": 0.7, "top_p": 0.9, "top_k": 9},
     "adaptive": {"threshold": 0.4},
     "adaptive, hard to please": {"threshold": 1.0},
+    "adaptive by entropy": {"max_entropy": 1.5},
 }
 
 
@@ -447,9 +449,12 @@ def test_top_logprobs_are_the_parallel_passes(sharp: ARMD, mode: str) -> None:
         told = [each for _, each in top]
         assert told == sorted(told, reverse=True)
         assert torch.tensor(told).exp().sum() == pytest.approx(1, abs=1e-4)
-    few = generate(sharp, [[1]], dataclasses.replace(params, top_logprobs=2))[0]
-    assert few.top_logprobs == [top[:2] for top in one.top_logprobs]
-    assert generate(sharp, [[1]], dataclasses.replace(params, top_logprobs=0))[0].top_logprobs == []
+    fewer = [dataclasses.replace(params, top_logprobs=n) for n in (2, 0, 20, 5)]
+    for few, other in zip(fewer, generate(sharp, [[1]] * 4, fewer), strict=True):  # side by side
+        told = [top[: few.top_logprobs] for top in one.top_logprobs] if few.top_logprobs else []
+        assert [[token for token, _ in top] for top in other.top_logprobs] == [
+            [token for token, _ in top] for top in told
+        ]
 
 
 def test_a_threshold_waits_for_certainty(sharp: ARMD) -> None:
@@ -465,6 +470,23 @@ def test_a_threshold_waits_for_certainty(sharp: ARMD) -> None:
             sure = [one.top[0][1] >= math.log(threshold) - 1e-6 for one in event.written]
             assert all(sure) or len(sure) == 1
     assert steps[0.001] == 6 < steps[0.5] < steps[1.0] == 24
+
+
+def test_an_entropy_bound_holds_for_what_each_step_writes(sharp: ARMD) -> None:
+    """Fails when the surest is taken instead of the most that fit, or when the largest entropy counts."""
+    steps = {}
+    for most in (0.0, 1.5, 100.0):
+        engine = Engine(sharp, max_slots=1)
+        params = SamplingParams(max_tokens=24, n_streams=4, seed=2, max_entropy=most, top_logprobs=13)
+        events = events_of(engine, engine.submit([], params))
+        steps[most] = len(events)
+        several = 0
+        for event in events:
+            entropies = [-sum(math.exp(p) * p for _, p in one.top) for one in event.written]
+            assert sum(entropies) - max(entropies) <= most + 1e-5
+            several += len(entropies) > 1 and sum(entropies) > most
+        assert most != 1.5 or several > 0
+    assert steps[100.0] == 6 < steps[1.5] < steps[0.0] == 24
 
 
 def test_drafts_are_told_and_then_verified(sharp: ARMD) -> None:
@@ -489,6 +511,11 @@ def test_requests_that_do_not_fit_are_refused_with_the_numbers(model: ARMD) -> N
         engine.submit([0] * 5, SamplingParams(max_tokens=60))
     with pytest.raises(ValueError, match="token 13 is not in the vocabulary of 13"):
         engine.submit([13], SamplingParams(max_tokens=1))
+    for strange in (1.5, "1", None):
+        with pytest.raises(
+            ValueError, match=re.escape(f"token {strange!r} is not") if strange else "prompt holds None"
+        ):
+            engine.submit([1, strange], SamplingParams(max_tokens=1))
     with pytest.raises(ValueError, match="stop token 99 is not"):
         engine.submit([1], SamplingParams(max_tokens=1, stop_ids=(99,)))
     with pytest.raises(ValueError, match="biased token -1 is not"):
@@ -504,6 +531,27 @@ def test_requests_that_do_not_fit_are_refused_with_the_numbers(model: ARMD) -> N
     with pytest.raises(ValueError, match="at least one slot, not 0"):
         Engine(model, max_slots=0)
     assert engine.idle
+
+
+def test_no_request_breaks_a_step(model: ARMD) -> None:
+    """Each of these drew a token that does not exist, which ended the step for all."""
+    extremes = [
+        SamplingParams(max_tokens=8, seed=1, logit_bias={4: 1e300, 5: -1e300}),
+        SamplingParams(max_tokens=8, seed=1, temperature=1e-310),
+        SamplingParams(max_tokens=8, seed=1, temperature=1e300),
+    ]
+    biased, cold, _ = generate(model, [[1]] * 3, extremes)
+    assert biased.tokens == [4] * 8
+    assert cold.tokens == generate(model, [[1]], SamplingParams(max_tokens=8, temperature=0))[0].tokens
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_damaged_weights_are_said(temperature: float) -> None:
+    damaged = tiny_model()
+    with torch.no_grad():
+        damaged.final_norm.weight[0] = torch.nan
+    with pytest.raises(ValueError, match="logits are not numbers: its weights are damaged"):
+        generate(damaged, [[1]], SamplingParams(max_tokens=4, temperature=temperature))
 
 
 @pytest.mark.parametrize("mode", MODES)

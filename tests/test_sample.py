@@ -35,7 +35,7 @@ def samples(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[st
     return found
 
 
-@pytest.mark.parametrize("mode", [[], ["--mode", "exact"], ["--threshold", "0.2"]], ids=str)
+@pytest.mark.parametrize("mode", [[], ["--mode", "exact"], ["--threshold", "0.2"], ["--max-entropy", "3"]], ids=str)
 def test_a_seed_reproduces_and_each_text_has_its_own(
     mode: list[str], model_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,7 +130,10 @@ def test_the_options_reach_the_sampler(model_dir: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(sample, "zip", lambda *parts, **_: [], raising=False)
     options = "--n-streams 3 --mode exact --max-tokens 5 --temperature 0.5 --top-p 0.9 --top-k 7 --seed 3"
     assert main(["sample", model_dir, *options.split()]) == 0
-    (params,) = seen
+    assert main(["sample", model_dir, "--max-entropy", "0.5"]) == 0
+    assert main(["sample", model_dir, "--threshold", "0.5"]) == 0
+    params, by_entropy, by_threshold = seen
+    assert (by_entropy.max_entropy, by_threshold.threshold) == (0.5, 0.5)
     eos = serving_parts.tokenizer().eos_id
     assert params == armd.SamplingParams(
         n_streams=3, mode="exact", max_tokens=5, temperature=0.5, top_p=0.9, top_k=7, seed=3, stop_ids=(eos,)
