@@ -57,8 +57,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name, least in (("max_tokens", 0), ("min_tokens", 0), ("top_k", 0), ("top_logprobs", 0), ("n_streams", 1)):
             value = getattr(self, name)
-            if not _is_whole(value) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+            if not _is_whole(value):
+                raise ValueError(f"{name} must be a whole number, not {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
         if self.seed is not None and not _is_whole(self.seed):
             raise ValueError(f"seed must be a whole number or None, not {self.seed!r}")
         if self.mode not in ("parallel", "exact"):
