@@ -17,6 +17,7 @@ from torch import Tensor
 from armd.cache import Cache
 from armd.cached_layer import CachedLayer, rotary_rows
 from armd.model import ARMD
+from armd.recorder import Recorder
 from armd.rows import Rows, Run, Work
 
 
@@ -32,6 +33,7 @@ class Decoder:
         self.model = model
         self.cache = cache = Cache(model, n_slots, memory_bytes)
         self.static_shapes = static_shapes
+        self._recorder = Recorder() if static_shapes and cache.prefix.device.type == "cuda" else None
         config = model.config
         with torch.inference_mode():
             self._two_stream_layers = [*map(CachedLayer, model.two_stream_layers, cache.content)]
@@ -47,8 +49,17 @@ class Decoder:
 
         `work` is sorted by slot, one for each.
         """
-        model = self.model
         rows = Rows(work, self.cache, static_shapes=self.static_shapes)
+        integers = rows.integers.to(self.cache.prefix.device)
+        if self._recorder is None:
+            logits = self._forward(rows.placed(integers))
+        else:
+            logits = self._recorder(rows.plan, integers, lambda inputs: self._forward(rows.placed(inputs)))
+        return logits[: rows.n_wanted]
+
+    def _forward(self, rows: Rows) -> Tensor:
+        """The logits of the rows that want them, padding included."""
+        model = self.model
         x_MD = model.embedding(rows["tokens"])
         g_MD = model.normalised_query(torch.cat([self._aggregate(run, rows) for run in rows.runs]))
         both_MD = x_MD.new_empty(len(rows["positions"]), x_MD.shape[1])
@@ -78,7 +89,7 @@ class Decoder:
             normed_MD = layer.normed(g_MD)
             q_MHA = layer.project(normed_MD, normed_MD, rotary, rows["query_places"])
             g_MD = layer.finish(g_MD, layer.attend(q_MHA, query))
-        return model.head(model.final_norm(g_MD[rows["wanted"]]))[: rows.n_wanted]
+        return model.head(model.final_norm(g_MD[rows["wanted"]]))
 
     def _aggregate(self, run: Run, rows: Rows) -> Tensor:
         """Prefix aggregation (B * R, D) of a run's query rows: the state of certain ranks, and pending ones on top."""

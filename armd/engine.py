@@ -42,7 +42,7 @@ class Engine:
         device: where to compute; the model is moved there.
         prefill_chunk: known tokens that a step computes at most, beside what it decodes.
         memory_bytes: what the cache may take.
-        static_shapes: pad rows to a few sizes, for a device that replays recorded steps.
+        static_shapes: pad rows to a few sizes; on a GPU, steps of a size that was there before are replayed.
 
     Raises:
         ValueError: the slots do not fit `memory_bytes`.

@@ -1,5 +1,6 @@
 """The benchmarks measure what they say: counted tokens, the products of the real steps, a fair opponent."""
 
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -133,6 +134,16 @@ def test_decode_says_what_it_leaves_out(capsys: pytest.CaptureFixture[str], monk
     result = json.loads(out.splitlines()[-1])
     assert "transformers is not installed" in result["left_out"]["gpt2"]
     assert set(result["contestants"]) == {"batch 1, S=1", "batch 1, S=2", "exact, S=2"}
+
+
+def test_decode_may_count_the_time_of_its_process_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr(decode.time, "process_time", lambda: 5.0 * next(ticks))
+    decode.main([*SMALL, "--streams", "1", "--batches", "1", "--baselines", "autoregressive", "--clock", "cpu"])
+    found = last_line(capsys)["contestants"].values()
+    assert {one["seconds"]["median"] for one in found} == {5.0}
 
 
 def test_decode_writes_no_more_than_the_model_holds(

@@ -7,14 +7,14 @@ pass, and those that it has alone, to rounding, as products of other row counts 
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
-from armd import ARMD, Completion, Engine, Event, Order, SamplingParams, generate, infill, score
+from armd import ARMD, Completion, Engine, Event, Order, SamplingParams, generate, infill, recorder, score
 from armd.cached_layer import CachedLayer
 from armd.decoder import Decoder
 from armd.rows import Work
@@ -277,6 +277,54 @@ def test_static_shapes_are_few(sharp: ARMD, monkeypatch: pytest.MonkeyPatch) -> 
         assert n_texts in {1, 2, 4}
         assert n_rows in both
         assert n_keys == 65  # 64 ranks and the null key are less than 128
+
+
+@pytest.mark.parametrize("max_slots", [1, 5])
+def test_a_recorded_step_depends_on_its_plan_and_its_integers(max_slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU replays is what it recorded: here an earlier step of the same plan, on other integers.
+
+    Seen to fail when the plan leaves out the number of keys; when logits of the padding are told.
+    """
+    model = tiny_model(max_length=200)
+    lengths = [(0, 5), (23, 16), (100, 60)]  # from 127 ranks on there is another number of keys
+    requests = [
+        (prompt(known, seed=i), SamplingParams(max_tokens=n, n_streams=1 + i % 4, seed=i, **mode))
+        for i, mode in enumerate(MODES.values())
+        for known, n in lengths
+    ]
+    replayed = 0
+
+    def record(step: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor) -> Any:
+        logits = torch.empty(0, dtype=torch.float64)
+
+        def replay() -> None:
+            nonlocal replayed
+            replayed += 1
+            now = step(inputs)
+            logits.resize_(now.shape).copy_(now)
+
+        return replay, logits
+
+    monkeypatch.setattr(recorder, "record", record)
+    alone = [generate(model, [p], params)[0] for p, params in requests]
+    engine = Engine(model, max_slots=max_slots, static_shapes=True)
+    engine.decoder._recorder = recorder.Recorder()
+    ids = [engine.submit(p, params) for p, params in requests]
+    done = drain(engine)
+    for request_id, expected in zip(ids, alone, strict=True):
+        assert_same(done[request_id], expected)
+    assert replayed > 20
+
+
+@pytest.mark.gpu
+def test_replayed_steps_on_a_gpu(sharp: ARMD) -> None:
+    model = ARMD(sharp.config)
+    model.load_state_dict(sharp.state_dict())
+    expected = [generate(model, [p], params)[0].tokens for p, params in mixed_requests(16)]
+    engine = Engine(model, max_slots=5, device="cuda", static_shapes=True)
+    ids = [engine.submit(p, params) for p, params in mixed_requests(16)]
+    done = drain(engine)
+    assert [done[request_id].tokens for request_id in ids] == expected
 
 
 def content_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -4,6 +4,7 @@ Exact mode is held against parallel mode with as many streams: its steps have mo
 are drafted together. Other kinds of model (baselines.py) write as many tokens beside them.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -52,6 +53,8 @@ class DecodeBenchOptions:
     """Steps of the masked-diffusion sampler, which writes one text at a time."""
     rounds: int = 5
     """Times each is measured, in turns."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """cpu: what the process computed, its threads together; for a machine that others use too."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of weights and activations."""
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
@@ -84,9 +87,11 @@ def main(arguments: Sequence[str]) -> None:
     for name, (batch, params) in parallel.items():
         products = step_products(config, batch, n_tokens, params.n_streams)
         contestants[f"{name}, products"] = products_runner(products, device, dtype)
-    seconds = {name: spread(each) for name, each in interleaved(contestants, chosen.rounds, device).items()}
+    clock = time.process_time if chosen.clock == "cpu" else time.perf_counter
+    seconds = {name: spread(each) for name, each in interleaved(contestants, chosen.rounds, device, clock).items()}
 
-    print(f"{sum(p.numel() for p in network.parameters()):,} parameters, {n_tokens} tokens, {chosen.dtype}")
+    n_parameters = sum(parameter.numel() for parameter in network.parameters())
+    print(f"{n_parameters:,} parameters, {n_tokens} tokens, {chosen.dtype}, {chosen.clock} time")
     result = _parallel_table(parallel, written, seconds) | _exact_table(exact, written, seconds)
     result |= _baseline_table(others, chosen.streams[0], n_tokens, seconds)
     for name, why in left_out.items():
