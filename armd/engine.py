@@ -37,6 +37,9 @@ class Engine:
     that beginning: it is computed once and copied, from a text that runs or from one that has left. Not thread-safe:
     one caller submits, steps and cancels.
 
+    Whatever runs beside it, a request gets the tokens that it gets alone, and their log-probabilities to rounding, as
+    products of other row counts add in another order.
+
     Args:
         max_slots: texts that are written at once.
         device: where to compute; the model is moved there.
