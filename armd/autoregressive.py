@@ -3,7 +3,7 @@
 Token n is predicted from a learned start vector and tokens 1 .. n-1, left to right. Layers, widths, initialisation and
 the tied head are ARMD's, so a comparison is between the ways of predicting and of nothing else.
 
-Shapes: B sequences, N tokens, D model width, V words.
+Shapes: B sequences, N tokens, R rows of a text in a step, M rows of all, H heads, A head width, D model width, V words.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from armd.attention import rotary_angles
+from armd.cached_layer import CachedLayer, rotary_rows
 from armd.config import ModelConfig
 from armd.layers import Layer, initialise
+from armd.rows import Seen
 from armd.sampling import SamplingParams, distribution, draw
 
 
@@ -42,7 +44,7 @@ class AutoregressiveLM(nn.Module):
         total = F.cross_entropy(logits_BNV.flatten(0, 1).float(), tokens_BN.flatten(), reduction="sum")
         return total, tokens_BN.numel()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[int]]:
         """At most `params.max_tokens` tokens after each prompt, one a step and text; a stop token is not returned.
 
@@ -57,31 +59,26 @@ class AutoregressiveLM(nn.Module):
         longest = max(ends, default=0)
         if longest > self.config.max_length:
             raise ValueError(f"{longest} tokens are more than the model's max_length of {self.config.max_length}")
-        if not prompts or params.max_tokens == 0:
-            return [[] for _ in prompts]
-        text_BN = torch.zeros(len(prompts), longest, dtype=torch.long, device=self.start.device)
-        for row_N, prompt in zip(text_BN, prompts, strict=True):
-            row_N[: len(prompt)] = torch.as_tensor(prompt, dtype=torch.long)
+        texts = [list(prompt) for prompt in prompts]
         generators = [params.generator() for _ in prompts]
-        cache: list[tuple[Tensor, Tensor]] = []
-        x_BND = self._inputs(text_BN[:, : min(known)])
-        for place in range(min(known), longest):
-            hidden_BD = self._advance(x_BND, place + 1 - x_BND.shape[1], cache)
-            writing = [b for b in range(len(prompts)) if known[b] <= place < ends[b]]
-            if not writing:  # all short texts have ended, a long prompt is still being read
-                x_BND = self.embedding(text_BN[:, place : place + 1])
-                continue
-            probabilities_MV = distribution(self.head(hidden_BD[writing]), params)
-            uniforms = [torch.rand(1, dtype=torch.float64, generator=generators[b]) for b in writing]
-            tokens_M = draw(probabilities_MV, torch.cat(uniforms).to(probabilities_MV.device))
-            text_BN[writing, place] = tokens_M
-            for b, token in zip(writing, tokens_M.tolist(), strict=True):
-                if token in params.stop_ids:
-                    ends[b] = place
-            if place + 1 >= max(ends):
+        decoder = _Decoder(self, len(prompts), longest)
+        rows = [text[: min(known)] for text in texts]
+        for place in range(min(known, default=0), longest):
+            logits_BV = decoder.step(rows)
+            writing = [b for b, text in enumerate(texts) if len(text) == place < ends[b]]
+            if writing:
+                logits_MV = logits_BV if len(writing) == len(texts) else logits_BV[writing]
+                uniforms = [torch.rand(1, dtype=torch.float64, generator=generators[b]) for b in writing]
+                tokens_M = draw(distribution(logits_MV, params), torch.cat(uniforms).to(logits_MV.device))
+                for b, token in zip(writing, tokens_M.tolist(), strict=True):
+                    if (
+                        token not in params.stop_ids
+                    ):  # a text without its stop token falls behind and is written no more
+                        texts[b].append(token)
+            if not any(place < len(text) < end for text, end in zip(texts, ends, strict=True)):
                 break
-            x_BND = self.embedding(text_BN[:, place : place + 1])
-        return [row[n:end] for row, n, end in zip(text_BN.tolist(), known, ends, strict=True)]
+            rows = [text[place : place + 1] or [0] for text in texts]
+        return [text[n:] for text, n in zip(texts, known, strict=True)]
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of normalised hidden rows (..., D)."""
@@ -90,33 +87,55 @@ class AutoregressiveLM(nn.Module):
     def _hidden(self, tokens_BN: Tensor) -> Tensor:
         """The last layer's output (B, N, D), normalised: row n has seen tokens 1 .. n-1."""
         x = self._inputs(tokens_BN[:, :-1])
-        rotary = self._rotary(0, x.shape[1])
+        positions_1N = torch.arange(x.shape[1], device=x.device)[None]
+        rotary = rotary_angles(positions_1N, self.config.d_model // self.config.n_heads)[:, None]
         for layer in self.layers:
             x = layer.causal_stream(x, rotary)
         return self.final_norm(x)
-
-    def _advance(self, x_BND: Tensor, start: int, cache: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """The last of the given rows after all layers (B, D), normalised; keys and values join `cache`, one a layer."""
-        rotary = self._rotary(start, x_BND.shape[1])
-        first = not cache
-        for depth, layer in enumerate(self.layers):
-            normed = layer.attention_norm(x_BND)
-            k, v = layer.attention.keys_values(normed, rotary)
-            if first:
-                cache.append((k, v))
-            else:
-                k, v = (torch.cat(pair, dim=2) for pair in zip(cache[depth], (k, v), strict=True))
-                cache[depth] = k, v
-            # Causal among the rows of a prompt; a single row after it sees everything.
-            attended = F.scaled_dot_product_attention(layer.attention.queries(normed, rotary), k, v, is_causal=first)
-            x_BND = layer.finish(x_BND, layer.attention.merge(attended))
-        return self.final_norm(x_BND[:, -1])
 
     def _inputs(self, tokens_BN: Tensor) -> Tensor:
         """(B, 1 + N, D): the start vector, then the embeddings."""
         start_B1D = self.start.expand(len(tokens_BN), 1, -1)
         return torch.cat([start_B1D, self.embedding(tokens_BN)], dim=1)
 
-    def _rotary(self, start: int, n: int) -> Tensor:
-        positions_1N = torch.arange(start, start + n, device=self.start.device)[None]
-        return rotary_angles(positions_1N, self.config.d_model // self.config.n_heads)[:, None]
+
+class _Decoder:
+    """What `generate` keeps of its texts, and the step that advances all of them.
+
+    Its layers are those that ARMD decodes with, its storage is claimed once, so that a comparison is fair.
+    """
+
+    def __init__(self, model: AutoregressiveLM, n_texts: int, length: int) -> None:
+        config = model.config
+        head_width = config.d_model // config.n_heads
+        storage = model.start.new_empty(config.n_layers, 2, n_texts, length, config.n_heads, head_width)
+        self._model = model
+        self._layers = [*map(CachedLayer, model.layers, storage)]
+        self._cosines, self._sines = rotary_rows(torch.arange(length, device=storage.device), head_width)
+        self._first_places_B = torch.arange(n_texts, device=storage.device) * length
+        self._n_cached = 0
+
+    def step(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Append each text's next tokens, as many of one as of another; logits (B, V) of what follows them.
+
+        The first step has the start vector in front.
+        """
+        model = self._model
+        x_BRD = F.embedding(torch.tensor(rows, dtype=torch.long, device=model.start.device), model.embedding.weight)
+        if not self._n_cached:
+            x_BRD = torch.cat([model.start.expand(len(rows), 1, -1), x_BRD], dim=1)
+        n_texts, n_rows, _ = x_BRD.shape
+        start, end = self._n_cached, self._n_cached + n_rows
+        self._n_cached = end
+        places_M = (self._first_places_B[:, None] + torch.arange(start, end, device=x_BRD.device)).flatten()
+        cosines, sines = (each[start:end].repeat(2 * n_texts, 1, 1) for each in (self._cosines, self._sines))
+        mask = None
+        if n_rows > 1:
+            mask = x_BRD.new_full((n_rows, end), -torch.inf).triu_(1 + start)
+        runs = [(slice(0, n_texts), slice(0, n_texts * n_rows), Seen(end, mask))]
+        x_MD = x_BRD.flatten(0, 1)
+        for layer in self._layers:
+            normed_MD = layer.normed(x_MD)
+            q_MHA = layer.project(normed_MD, normed_MD, (cosines, sines), places_M)
+            x_MD = layer.finish(x_MD, layer.attend(q_MHA, runs))
+        return model.head(model.final_norm(x_MD[n_rows - 1 :: n_rows]))

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from armd.attention import rotary_angles
 from armd.layers import Layer
 from armd.rows import Seen
 
@@ -37,7 +38,7 @@ class CachedLayer:
     def project(self, query_MD: Tensor, content_MD: Tensor, rotary: tuple[Tensor, Tensor], places_M: Tensor) -> Tensor:
         """Queries (M, H, A) of some normed rows; the keys and values of others are written at their places.
 
-        `rotary` is (M, 1, A) each, for queries, then keys: cosines, and sines with the sign of the half they meet.
+        `rotary` is two of `rotary_rows`, (M, 1, A) each: for queries, then keys.
         """
         cosines, sines = rotary
         n_queries = len(query_MD)
@@ -67,3 +68,9 @@ class CachedLayer:
         weight, eps = self._norms[1]
         normed_MD = torch.rms_norm(rows_MD, weight.shape, weight, eps)
         return torch.addmm(rows_MD, F.gelu(normed_MD @ self._mlp_in), self._mlp_out)
+
+
+def rotary_rows(positions_M: Tensor, head_width: int) -> tuple[Tensor, Tensor]:
+    """(M, 1, A) each: cosines of the rows' angles, and sines with the sign of the half that they meet."""
+    cosines, sines = rotary_angles(positions_M, head_width)[:, None].chunk(2, dim=-1)
+    return torch.cat([cosines, cosines], -1), torch.cat([-sines, sines], -1)

@@ -6,9 +6,10 @@ itself: what a request draws does not depend on its neighbours.
 Shapes: M rows that want a draw, V words.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 
 import torch
 from torch import Tensor
@@ -42,7 +43,9 @@ class Choice:
     """By draft: it is the row's token; else its replacement is."""
     sureness: list[float]
     """Probability of each row's most probable token. Not of the drawn one: to draw again what came out improbable
-    would lower the temperature quietly. Empty unless the request has a threshold."""
+    would lower the temperature quietly. Empty unless the request is adaptive."""
+    entropies: list[float]
+    """Of each row's prediction, in nats, before temperature and bias. Empty unless the request is adaptive."""
     tops: list[tuple[tuple[int, float], ...]]
     """The most probable tokens of each row with their log-probabilities; empty unless they are asked for."""
     probabilities: Tensor
@@ -50,7 +53,11 @@ class Choice:
 
 
 def choose(logits_MV: Tensor, asks: Sequence[Ask]) -> list[Choice]:
-    """Draw for every request, whose rows follow one another in the order of `asks`."""
+    """Draw for every request, whose rows follow one another in the order of `asks`.
+
+    Raises:
+        ValueError: a row's logits are not numbers.
+    """
     device, n_rows = logits_MV.device, len(logits_MV)
     rows_of = _consecutive([ask.n_rows for ask in asks])
     drafts_of = _consecutive([len(ask.drafts) for ask in asks])
@@ -70,36 +77,54 @@ def choose(logits_MV: Tensor, asks: Sequence[Ask]) -> list[Choice]:
     tokens_M = draw(weights_MV, uniform_M)
     if n_drafts:
         tokens_M[rows_D] = torch.where(kept_D, drafts_D, tokens_M[rows_D])
+    sure = any(ask.params.adaptive for ask in asks)
+    n_best = min(max(ask.params.top_logprobs for ask in asks), logits_MV.shape[1])
+    columns += [tokens_M, *_figures(logits_MV, tokens_M, sure=sure, n_best=n_best)]
 
-    logits_MV = logits_MV.float()
-    totals_M = logits_MV.logsumexp(dim=1)
-    columns += [tokens_M, logits_MV.gather(1, tokens_M[:, None]).squeeze(1) - totals_M]
-    if any(ask.params.threshold for ask in asks):
-        columns.append((logits_MV.amax(dim=1) - totals_M).exp())
-    told = torch.cat([column.double() for column in columns]).tolist()  # the wait for the device
-    kept, tokens, logprobs, sureness = (
-        told[:n_drafts],
-        told[n_drafts : n_drafts + n_rows],
-        told[n_drafts + n_rows : n_drafts + 2 * n_rows],
-        told[n_drafts + 2 * n_rows :],
-    )
+    told = iter(torch.cat([column.double().flatten() for column in columns]).tolist())  # the wait for the device
+    kept = [*islice(told, n_drafts)]
+    tokens, logprobs = ([*islice(told, n_rows)] for _ in range(2))
+    if any(map(math.isnan, logprobs)):
+        raise ValueError("the model's logits are not numbers: its weights are damaged, or too large for their type")
+    sureness, entropies = ([*islice(told, n_rows * sure)] for _ in range(2))
+    best, their_logprobs = ([*islice(told, n_rows * n_best)] for _ in range(2))
+
+    def top(row: int, n: int) -> tuple[tuple[int, float], ...]:
+        some = slice(row * n_best, row * n_best + min(n, n_best))
+        return tuple(zip(map(int, best[some]), their_logprobs[some], strict=True))
+
     return [
         Choice(
             tokens=[int(token) for token in tokens[rows]],
             logprobs=logprobs[rows],
             kept=[keep == 1 for keep in kept[drafts]],
-            sureness=sureness[rows] if ask.params.threshold else [],
-            tops=_tops(logits_MV[rows] - totals_M[rows, None], ask.params.top_logprobs),
+            sureness=sureness[rows] if ask.params.adaptive else [],
+            entropies=entropies[rows] if ask.params.adaptive else [],
+            tops=[top(row, n) for row in range(rows.start, rows.stop)] if (n := ask.params.top_logprobs) else [],
             probabilities=weights_MV[rows],
         )
         for ask, rows, drafts in zip(asks, rows_of, drafts_of, strict=True)
     ]
 
 
+def _figures(logits_MV: Tensor, tokens_M: Tensor, *, sure: bool, n_best: int) -> list[Tensor]:
+    """What is told of the predictions: the tokens' log-probabilities; if `sure` each row's largest probability, then
+    its entropy; the `n_best` most probable tokens of each row, then their log-probabilities.
+    """
+    logprobs_MV = logits_MV.float().log_softmax(dim=1)
+    figures = [logprobs_MV.gather(1, tokens_M[:, None])]
+    if sure:
+        figures += [logprobs_MV.amax(dim=1).exp(), -(logprobs_MV.exp() * logprobs_MV).sum(dim=1)]
+    if n_best:
+        best = logprobs_MV.topk(n_best, dim=1)
+        figures += [best.indices, best.values]
+    return figures
+
+
 def _distributions(logits_MV: Tensor, asks: Sequence[Ask], rows_of: Sequence[slice]) -> Tensor:
     """(M, V) float64 probabilities; requests that are sampled alike are computed together."""
     if any(ask.params.logit_bias or ask.rows_without_stop for ask in asks):
-        logits_MV = logits_MV.clone()
+        logits_MV = logits_MV.to(torch.float64, copy=True)  # a bias must not be rounded to the model's type
         for ask, rows in zip(asks, rows_of, strict=True):
             for token, bias in ask.params.logit_bias.items():
                 logits_MV[rows, token] += bias
@@ -115,14 +140,6 @@ def _distributions(logits_MV: Tensor, asks: Sequence[Ask], rows_of: Sequence[sli
         rows_S = torch.cat([torch.arange(rows_of[i].start, rows_of[i].stop) for i in some]).to(logits_MV.device)
         probabilities_MV[rows_S] = distribution(logits_MV[rows_S], asks[some[0]].params)
     return probabilities_MV
-
-
-def _tops(logprobs_MV: Tensor, n: int) -> list[tuple[tuple[int, float], ...]]:
-    if n == 0:
-        return []
-    best = logprobs_MV.topk(min(n, logprobs_MV.shape[1]), dim=1)
-    told = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return [tuple(zip(tokens, logprobs, strict=True)) for tokens, logprobs in told]
 
 
 def _consecutive(lengths: Sequence[int]) -> list[slice]:

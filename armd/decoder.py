@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from armd.attention import rotary_angles
 from armd.cache import Cache
-from armd.cached_layer import CachedLayer
+from armd.cached_layer import CachedLayer, rotary_rows
 from armd.model import ARMD
+from armd.recorder import Recorder
 from armd.rows import Rows, Run, Work
 
 
@@ -33,6 +33,7 @@ class Decoder:
         self.model = model
         self.cache = cache = Cache(model, n_slots, memory_bytes)
         self.static_shapes = static_shapes
+        self._recorder = Recorder() if static_shapes and cache.prefix.device.type == "cuda" else None
         config = model.config
         with torch.inference_mode():
             self._two_stream_layers = [*map(CachedLayer, model.two_stream_layers, cache.content)]
@@ -40,8 +41,7 @@ class Decoder:
             # One position more than there are, for the padding, which aggregates nothing.
             self._prefix_table = F.pad(model.prefix_table.float(), (0, 0, 0, 1))
             everywhere = torch.arange(config.max_length + 1, device=cache.prefix.device)
-            cosines, sines = rotary_angles(everywhere, config.d_model // config.n_heads)[:, None].chunk(2, dim=-1)
-            self._cosines, self._sines = torch.cat([cosines, cosines], -1), torch.cat([-sines, sines], -1)
+            self._cosines, self._sines = rotary_rows(everywhere, config.d_model // config.n_heads)
 
     @torch.inference_mode()
     def step(self, work: Sequence[Work]) -> Tensor:
@@ -49,8 +49,17 @@ class Decoder:
 
         `work` is sorted by slot, one for each.
         """
-        model = self.model
         rows = Rows(work, self.cache, static_shapes=self.static_shapes)
+        integers = rows.integers.to(self.cache.prefix.device)
+        if self._recorder is None:
+            logits = self._forward(rows.placed(integers))
+        else:
+            logits = self._recorder(rows.plan, integers, lambda inputs: self._forward(rows.placed(inputs)))
+        return logits[: rows.n_wanted]
+
+    def _forward(self, rows: Rows) -> Tensor:
+        """The logits of the rows that want them, padding included."""
+        model = self.model
         x_MD = model.embedding(rows["tokens"])
         g_MD = model.normalised_query(torch.cat([self._aggregate(run, rows) for run in rows.runs]))
         both_MD = x_MD.new_empty(len(rows["positions"]), x_MD.shape[1])
@@ -80,7 +89,7 @@ class Decoder:
             normed_MD = layer.normed(g_MD)
             q_MHA = layer.project(normed_MD, normed_MD, rotary, rows["query_places"])
             g_MD = layer.finish(g_MD, layer.attend(q_MHA, query))
-        return model.head(model.final_norm(g_MD[rows["wanted"]]))[: rows.n_wanted]
+        return model.head(model.final_norm(g_MD[rows["wanted"]]))
 
     def _aggregate(self, run: Run, rows: Rows) -> Tensor:
         """Prefix aggregation (B * R, D) of a run's query rows: the state of certain ranks, and pending ones on top."""

@@ -3,6 +3,7 @@
 Requests join and leave between steps; each has its own generator, so its draws do not depend on its neighbours.
 """
 
+import operator
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,12 +37,15 @@ class Engine:
     that beginning: it is computed once and copied, from a text that runs or from one that has left. Not thread-safe:
     one caller submits, steps and cancels.
 
+    Whatever runs beside it, a request gets the tokens that it gets alone, and their log-probabilities to rounding, as
+    products of other row counts add in another order.
+
     Args:
         max_slots: texts that are written at once.
         device: where to compute; the model is moved there.
         prefill_chunk: known tokens that a step computes at most, beside what it decodes.
         memory_bytes: what the cache may take.
-        static_shapes: pad rows to a few sizes, for a device that replays recorded steps.
+        static_shapes: pad rows to a few sizes; on a GPU, steps of a size that was there before are replayed.
 
     Raises:
         ValueError: the slots do not fit `memory_bytes`.
@@ -80,8 +84,11 @@ class Engine:
         """Queue a continuation of `prompt` (token ids, may be empty); returns the request's id.
 
         Raises:
-            ValueError: a token is not in the vocabulary, or prompt and max_tokens do not fit the model's length.
+            ValueError: a token is not in the vocabulary, or prompt and max_tokens do not fit the model's length. In a
+                step, where it would fail for everybody, nothing that a request asks for fails.
         """
+        if any(token is None for token in prompt):
+            raise ValueError("prompt holds None: holes are for templates")
         length = len(prompt) + params.max_tokens
         if length > self.model.config.max_length:
             raise ValueError(
@@ -107,10 +114,10 @@ class Engine:
                 are not the holes.
         """
         vocab_size, max_length = self.model.config.vocab_size, self.model.config.max_length
-        for kind, tokens in (("token", template), ("stop token", params.stop_ids), ("biased token", params.logit_bias)):
+        template = [None if token is None else _token_id(token, vocab_size, "token") for token in template]
+        for kind, tokens in (("stop token", params.stop_ids), ("biased token", params.logit_bias)):
             for token in tokens:
-                if token is not None and not 0 <= token < vocab_size:
-                    raise ValueError(f"{kind} {token} is not in the vocabulary of {vocab_size}")
+                _token_id(token, vocab_size, kind)
         if params.min_tokens and len(set(params.stop_ids)) == vocab_size:
             raise ValueError(f"min_tokens ({params.min_tokens}) leaves nothing to draw: every token is a stop token")
         if len(template) > max_length:
@@ -215,6 +222,17 @@ class Engine:
         self._followers.pop(request.request_id, None)
         del self._running[request.request_id]
         self._held[request.slot] = _Held(request.known[: request.cached], None)
+
+
+def _token_id(token: int, vocab_size: int, kind: str) -> int:
+    """`token` as an int, if it is one of the vocabulary's; numpy's and torch's integers are."""
+    try:
+        index = operator.index(token)
+    except TypeError:
+        index = -1
+    if not 0 <= index < vocab_size:
+        raise ValueError(f"{kind} {token!r} is not in the vocabulary of {vocab_size}")
+    return index
 
 
 def _in_common(first: Sequence[tuple[int, int]], second: Sequence[tuple[int, int]]) -> int:

@@ -87,6 +87,10 @@ class MaskedDiffusionLM(nn.Module):
 
     def forward(self, tokens_BN: Tensor) -> Tensor:
         """Logits (B, N, V) of what stands behind each [mask] of `tokens_BN`; rows of other tokens mean nothing."""
+        return self._head(self._hidden(tokens_BN))
+
+    def _hidden(self, tokens_BN: Tensor) -> Tensor:
+        """The last layer's output (B, N, D), normalised."""
         x = self.embedding(tokens_BN)
         positions_1N = torch.arange(tokens_BN.shape[1], device=tokens_BN.device)[None]
         rotary = rotary_angles(positions_1N, self.config.d_model // self.config.n_heads)[:, None]
@@ -95,7 +99,11 @@ class MaskedDiffusionLM(nn.Module):
             k, v = layer.attention.keys_values(normed, rotary)
             attended = F.scaled_dot_product_attention(layer.attention.queries(normed, rotary), k, v)
             x = layer.finish(x, layer.attention.merge(attended))
-        return F.linear(self.final_norm(x), self.embedding.weight[: self.mask_id])
+        return self.final_norm(x)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of normalised hidden rows (..., D)."""
+        return F.linear(hidden, self.embedding.weight[: self.mask_id])
 
     def nats(self, tokens_BN: Tensor, drawn: Noise) -> tuple[Tensor, int]:
         """(one estimate of the negative ELBO in nats, summed over the batch; number of tokens, masked or not)."""
@@ -139,7 +147,7 @@ class MaskedDiffusionLM(nn.Module):
         text_BN = torch.full((n_texts, length), self.mask_id, device=device)
         for step in step_BN.unique().tolist():
             appearing_BN = (step_BN == step).to(device)
-            probabilities_MV = distribution(self(text_BN)[appearing_BN], params)
+            probabilities_MV = distribution(self._head(self._hidden(text_BN)[appearing_BN]), params)
             uniform_M = torch.rand(len(probabilities_MV), dtype=torch.float64, generator=generator)
             text_BN[appearing_BN] = draw(probabilities_MV, uniform_M.to(device))
         return text_BN

@@ -7,7 +7,8 @@ Three ways to fill the positions of an order, all of them here:
   drawn from what it is to follow; the next step verifies the others and drafts on. At a rejection the accepted drafts
   and the replacement stay, the drafts behind it are dropped, and the next `n_streams` ranks are drafted, wherever
   blocks would have begun: they are in as many different streams all the same;
-* adaptive: of the next `n_streams` open positions those are filled of which the model is sure enough.
+* adaptive: of the next `n_streams` open positions those are filled of which the model is sure enough, by `threshold` or
+  by `max_entropy`.
 
 In the last two, caches hold what the order has with one token a block: content rows see the ranks before them, and
 query rows that were computed before their evidence was complete are computed again.
@@ -16,7 +17,7 @@ query rows that were computed before their evidence was complete are computed ag
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import accumulate, islice
 
 from torch import Tensor
 
@@ -99,7 +100,7 @@ class Request:
         blocks = stream_blocks(holes, params.n_streams) if blocks is None else blocks
         self.blocks = deque(list(block) for block in blocks)
         """Positions to fill, by block; outside parallel mode one a block."""
-        self.one_by_one = params.mode == "exact" or params.threshold > 0
+        self.one_by_one = params.mode == "exact" or params.adaptive
         if self.one_by_one:
             self.blocks = deque([position] for block in self.blocks for position in block)
         self.slot = -1
@@ -178,7 +179,7 @@ class Request:
         end_before, rejected_before = self._end, self._rejected
         if self.params.mode == "exact":
             written = self._take_exact(choice)
-        elif self.params.threshold > 0:
+        elif self.params.adaptive:
             written = self._take_sure(choice)
         else:
             self.blocks.popleft()
@@ -256,13 +257,23 @@ class Request:
     def _take_sure(self, choice: Choice) -> list[Written]:
         """Fill the candidates of which the model is sure, at least the one it is surest of; the others stay open."""
         n_before = len(self.tokens)
-        rows = [row for row, sureness in enumerate(choice.sureness) if sureness >= self.params.threshold]
-        rows = rows or [choice.sureness.index(max(choice.sureness))]
+        rows = self._sure_rows(choice)
         written = [self._write(self._candidates[row], choice, row) for row in rows]
         filled = {self._candidates[row] for row in rows}
         self.blocks = deque(block for block in self.blocks if block[0] not in filled)
         self.queried = n_before + (rows[0] == 0)  # the first candidate's query row stands at its rank, if it was filled
         return written
+
+    def _sure_rows(self, choice: Choice) -> list[int]:
+        """The rows to write, as `threshold` or `max_entropy` has it."""
+        most = self.params.max_entropy
+        if most is None:
+            rows = [row for row, sureness in enumerate(choice.sureness) if sureness >= self.params.threshold]
+            return rows or [choice.sureness.index(max(choice.sureness))]
+        # The largest of the entropies does not count: what a last token leaves open, no other has to fit.
+        by_entropy = sorted(range(len(choice.entropies)), key=choice.entropies.__getitem__)
+        before = accumulate((choice.entropies[row] for row in by_entropy), initial=0.0)
+        return sorted(row for row, spent in zip(by_entropy, before, strict=False) if spent <= most)
 
     def _write(self, position: int, choice: Choice, row: int) -> Written:
         """Let what the step chose for `row` stand at `position`."""

@@ -86,7 +86,7 @@ class Run(NamedTuple):
 
 
 class Rows:
-    """The rows of one step: its runs, and by name the integers of all rows, on the device.
+    """The rows of one step: its runs, and by name the integers of all rows, on the device once they are placed.
 
     Rows of both streams go text by text, content before query rows.
 
@@ -128,10 +128,22 @@ class Rows:
         self.n_wanted = len(self._lists["wanted"])
         if static_shapes:
             self._lists["wanted"] += [0] * (_size(self.n_wanted) - self.n_wanted)
-        integers = torch.tensor([*chain(*self._lists.values())], device=cache.prefix.device)
-        sizes = [len(values) for values in self._lists.values()]
-        self._columns = dict(zip(self._lists, integers.split(sizes), strict=True))
-        self.runs = [self._run(shape, *slices) for shape, slices in cut]
+        self._cut = cut
+        self._sizes = [len(values) for values in self._lists.values()]
+        self.integers = torch.tensor([*chain(*self._lists.values())])
+        """All of them, on the host."""
+        keys = [(self._content_keys(both), self._query_keys(query)) for _, (_, both, query, *_) in cut]
+        self.plan = (
+            tuple(self._sizes),
+            tuple((shape, slots.start, slots.stop, n) for (shape, (slots, *_)), n in zip(cut, keys, strict=True)),
+        )
+        """With static shapes, all that a step depends on but the integers."""
+
+    def placed(self, integers: Tensor) -> "Rows":
+        """These rows, with their integers on the device."""
+        self._columns = dict(zip(self._lists, integers.split(self._sizes), strict=True))
+        self.runs = [self._run(shape, *slices) for shape, slices in self._cut]
+        return self
 
     def __getitem__(self, column: str) -> Tensor:
         return self._columns[column]
@@ -182,7 +194,7 @@ class Rows:
     def _content_seen(self, shape: Shape, slots: slice, both: slice) -> Seen:
         """Of the content: the first ranks, and the null key by query rows."""
         shown = self._lists["content_ends"][both]
-        n_keys = self._n_keys(1 + max(shown))
+        n_keys = self._content_keys(both)
         if not shape.content and not self._static and min(shown) == max(shown):
             return Seen(n_keys, None)
         keys_K = torch.arange(n_keys, device=self._cache.prefix.device)
@@ -193,13 +205,20 @@ class Rows:
     def _query_seen(self, slots: slice, query: slice) -> Seen:
         """Of the query rows: the first ranks, and the row's own."""
         shown = self._lists["query_ends"][query]
-        n_keys = self._n_keys(max(*shown, 1 + max(self._lists["query_ranks"][query])))
+        n_keys = self._query_keys(query)
         if not self._static and min(shown) == n_keys:
             return Seen(n_keys, None)
         n_texts = slots.stop - slots.start
         keys_K = torch.arange(n_keys, device=self._cache.prefix.device)
         ends, own = (self[name][query].view(n_texts, 1, -1, 1) for name in ("query_ends", "query_ranks"))
         return Seen(n_keys, self._mask((keys_K >= ends) & (keys_K != own)))
+
+    def _content_keys(self, both: slice) -> int:
+        return self._n_keys(1 + max(self._lists["content_ends"][both]))
+
+    def _query_keys(self, query: slice) -> int:
+        own = 1 + max(self._lists["query_ranks"][query])
+        return self._n_keys(max(own, *self._lists["query_ends"][query]))
 
     def _n_keys(self, n_keys: int) -> int:
         if not self._static:

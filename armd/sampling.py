@@ -4,6 +4,7 @@ float64, because a draw in float32 quietly lowers the temperature: its smallest 
 """
 
 import math
+import operator
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -34,6 +35,10 @@ class SamplingParams:
     threshold: float = 0.0
     """In parallel mode, positions are filled only where the most probable token reaches this probability, at least one
     a step; the others wait. 0 fills every position at its turn."""
+    max_entropy: float | None = None
+    """In parallel mode, positions are filled by rising entropy of their predictions, in nats, until those before one
+    sum to more than this; the others wait. So the tokens of a step, drawn apart, differ by at most so many nats from
+    tokens drawn one after the other (Ben-Hamu et al., arXiv 2505.24857). None fills every position at its turn."""
     temperature: float = 1.0
     """Divides the logits; 0 takes the most probable token."""
     top_p: float = 1.0
@@ -50,17 +55,27 @@ class SamplingParams:
     """Most probable tokens to tell at each place, with their log-probabilities."""
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "min_tokens", "top_k", "top_logprobs"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
-        if self.n_streams < 1:
-            raise ValueError(f"n_streams must be at least 1, not {self.n_streams}")
+        for name, least in (("max_tokens", 0), ("min_tokens", 0), ("top_k", 0), ("top_logprobs", 0), ("n_streams", 1)):
+            value = getattr(self, name)
+            if not _is_whole(value):
+                raise ValueError(f"{name} must be a whole number, not {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
+        if self.seed is not None and not _is_whole(self.seed):
+            raise ValueError(f"seed must be a whole number or None, not {self.seed!r}")
         if self.mode not in ("parallel", "exact"):
             raise ValueError(f"mode must be parallel or exact, not {self.mode!r}")
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold must be between 0 and 1, not {self.threshold}")
-        if self.threshold and self.mode == "exact":
-            raise ValueError(f"threshold must be 0 in exact mode, where drafts are verified, not {self.threshold}")
+        if self.max_entropy is not None and not 0 <= self.max_entropy < math.inf:
+            raise ValueError(f"max_entropy must be at least 0 and finite, not {self.max_entropy}")
+        if self.threshold and self.max_entropy is not None:
+            raise ValueError(f"threshold ({self.threshold}) must be left out with max_entropy ({self.max_entropy})")
+        for name, off in (("threshold", 0), ("max_entropy", None)):
+            if self.mode == "exact" and getattr(self, name) != off:
+                raise ValueError(
+                    f"{name} must be {off} in exact mode, where drafts are verified, not {getattr(self, name)}"
+                )
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be at least 0 and finite, not {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -68,6 +83,11 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             if not math.isfinite(bias):
                 raise ValueError(f"logit_bias must be finite, not {bias} for token {token}")
+
+    @property
+    def adaptive(self) -> bool:
+        """Which positions a step fills depends on how sure the model is."""
+        return self.threshold > 0 or self.max_entropy is not None
 
     def generator(self) -> torch.Generator:
         """The request's generator; on the CPU, so that a seed means the same everywhere."""
@@ -80,7 +100,8 @@ def distribution(logits_MV: Tensor, params: SamplingParams) -> Tensor:
     if params.temperature == 0:
         return torch.zeros_like(logits_MV).scatter_(1, logits_MV.argmax(dim=1, keepdim=True), 1.0)
     if params.temperature != 1:
-        logits_MV = logits_MV / params.temperature
+        # Below the largest, so that no temperature, however low, makes the quotient infinite.
+        logits_MV = (logits_MV - logits_MV.amax(dim=1, keepdim=True)) / params.temperature
     if 0 < params.top_k < logits_MV.shape[1]:
         least_M1 = logits_MV.topk(params.top_k, dim=1).values[:, -1:]
         logits_MV = logits_MV.masked_fill(logits_MV < least_M1, -torch.inf)
@@ -94,6 +115,14 @@ def distribution(logits_MV: Tensor, params: SamplingParams) -> Tensor:
     return probabilities_MV
 
 
+def _is_whole(value: object) -> bool:
+    try:
+        operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return True
+
+
 def draw(weights_MV: Tensor, uniform_M: Tensor) -> Tensor:
     """(M,) token ids, one a row, where the row's cumulative weights cross a float64 uniform number in [0, 1).
 
@@ -102,7 +131,9 @@ def draw(weights_MV: Tensor, uniform_M: Tensor) -> Tensor:
     cumulative_MV = weights_MV.cumsum(dim=1)
     # A uniform number is at most 1 - 2^-53, and times the total rounds below it. `right=True` never lands on a token of
     # weight 0, whose cumulative value equals its predecessor's.
-    return torch.searchsorted(cumulative_MV, uniform_M[:, None] * cumulative_MV[:, -1:], right=True).squeeze(1)
+    # NaN is crossed nowhere; it must not draw a token that does not exist.
+    tokens_M = torch.searchsorted(cumulative_MV, uniform_M[:, None] * cumulative_MV[:, -1:], right=True).squeeze(1)
+    return tokens_M.clamp_(max=weights_MV.shape[1] - 1)
 
 
 def verify(target_MV: Tensor, draft_MV: Tensor, drafts_M: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor]:

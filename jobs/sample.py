@@ -14,7 +14,8 @@ from jobs import model, options
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
-    from armd import ARMD, Completion, SamplingParams, Tokenizer
+    from armd import ARMD, SamplingParams, Tokenizer
+    from armd.text import TextBuilder
     from jobs.watch import Watch
 
 COMMAND = "armd sample"
@@ -36,6 +37,8 @@ class SampleOptions:
     """exact verifies what was drafted in parallel: texts as if written one token at a time in the same order."""
     threshold: float = 0.0
     """In parallel mode, fill only places where the most probable token reaches this; the others wait."""
+    max_entropy: float | None = None
+    """In parallel mode, fill places, the surest first, until the entropies of those before exceed this many nats."""
     max_tokens: int | None = None
     """Tokens to write at most; None: 128, or as many as the model's length leaves."""
     temperature: float = 1.0
@@ -44,6 +47,8 @@ class SampleOptions:
     """Draw only from the most probable tokens up to this sum."""
     top_k: int = 0
     """Draw only from so many most probable tokens; 0: from all."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a text; what stands before the first of them is printed."""
     seed: int | None = 0
     """The same seed writes the same text; None: another one each time."""
     n: int = 1
@@ -58,6 +63,10 @@ class SampleOptions:
             raise ValueError(f"n must be at least 1, not {self.n}")
         if self.template is not None and self.prompt:
             raise ValueError("prompt must be left out with template, which holds all text that is known")
+        if not all(self.stop):
+            raise ValueError("stop must hold no empty string, which every text begins with")
+        if self.template is not None and self.stop:
+            raise ValueError("stop must be left out with template, where every mask is filled")
         if self.template is not None and self.max_tokens is not None:
             raise ValueError(
                 f"max_tokens must be left out with template, whose masks say how many, not {self.max_tokens}"
@@ -83,12 +92,14 @@ def main(arguments: Sequence[str]) -> int:
 def _write(chosen: SampleOptions) -> tuple[list[dict[str, Any]], float]:
     """The samples, and the seconds that writing took."""
     import armd
+    from armd.text import TextBuilder
 
     params = armd.SamplingParams(  # complains of a value before the model is loaded
         max_tokens=128 if chosen.max_tokens is None else chosen.max_tokens,
         n_streams=chosen.n_streams,
         mode=chosen.mode,
         threshold=chosen.threshold,
+        max_entropy=chosen.max_entropy,
         temperature=chosen.temperature,
         top_p=chosen.top_p,
         top_k=chosen.top_k,
@@ -104,27 +115,29 @@ def _write(chosen: SampleOptions) -> tuple[list[dict[str, Any]], float]:
         dataclasses.replace(params, seed=None if chosen.seed is None else chosen.seed + number)
         for number in range(chosen.n)
     ]
+    texts = [TextBuilder(tokenizer, chosen.stop, params.stop_ids) for _ in requests]
     watch = _watch(chosen, tokenizer, template)
     began = time.perf_counter()
-    completions = _decode(network, template, requests, watch)
+    _decode(network, template, requests, texts, watch)
     seconds = time.perf_counter() - began
     samples = []
-    for completion, request in zip(completions, requests, strict=True):
-        text = tokenizer.decode(completion.tokens)
+    for one, request in zip(texts, requests, strict=True):
+        text = one.take()
         if chosen.template is not None:
-            fill = iter(completion.tokens)
+            fill = iter(one.tokens)
             text = tokenizer.decode([next(fill) if token is None else token for token in template])
         samples.append(
             {
                 "prompt": chosen.prompt,
                 "text": text,
-                "tokens": completion.tokens,
-                "logprobs": completion.logprobs,
-                "step_of_token": completion.step_of_token,
-                "steps": completion.steps,
-                "accepted": completion.accepted,
-                "rejected": completion.rejected,
-                "finish_reason": completion.finish_reason,
+                "tokens": one.tokens,
+                "logprobs": one.logprobs,
+                "step_of_token": one.step_of_token,
+                "steps": one.steps,
+                "accepted": one.accepted if chosen.mode == "exact" else 0,
+                "rejected": one.rejected,
+                "finish_reason": one.finish_reason,
+                "stop_reason": one.stop_reason,
                 "seed": request.seed,
             }
         )
@@ -164,23 +177,32 @@ def _watch(chosen: SampleOptions, tokenizer: "Tokenizer", template: list[int | N
     from jobs.watch import Watch
 
     console = Console()
-    return Watch(console, tokenizer, template, chosen.n_streams, chosen.n) if console.is_terminal else None
+    # Not `is_terminal`: FORCE_COLOR, which build servers set, makes that true of a file.
+    if not console.file.isatty() or console.is_dumb_terminal:
+        return None
+    return Watch(console, tokenizer, template, chosen.n_streams, chosen.n)
 
 
 def _decode(
-    network: "ARMD", template: list[int | None], requests: Sequence["SamplingParams"], watch: "Watch | None"
-) -> list["Completion"]:
-    """The texts of all requests, in their order."""
+    network: "ARMD",
+    template: list[int | None],
+    requests: Sequence["SamplingParams"],
+    texts: Sequence["TextBuilder"],
+    watch: "Watch | None",
+) -> None:
+    """Write all requests, each into its text."""
     import armd
 
     engine = armd.Engine(network, max_slots=min(len(requests), 32))
     numbers = {engine.submit_template(template, params): number for number, params in enumerate(requests)}
-    done: dict[int, Completion] = {}
     with watch or contextlib.nullcontext():
         while not engine.idle:
             for event in engine.step():
+                number = numbers[event.request_id]
                 if watch is not None:
-                    watch.show(numbers[event.request_id], event)
-                if event.completion is not None:
-                    done[numbers[event.request_id]] = event.completion
-    return [done[number] for number in range(len(requests))]
+                    watch.show(number, event)
+                texts[number].feed(event)
+                if (
+                    texts[number].finish_reason is not None
+                ):  # by a stop string perhaps, of which the engine knows nothing
+                    engine.cancel(event.request_id)

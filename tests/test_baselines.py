@@ -52,7 +52,10 @@ def test_autoregressive_probabilities_of_all_texts_sum_to_one() -> None:
 
 @pytest.mark.parametrize("prompts", [[[]], [[], [], []], [[1, 2, 3], [4]], [[], [5, 6, 1, 2]]])
 def test_the_cache_writes_what_the_parallel_pass_would(prompts: list[list[int]]) -> None:
-    """Greedy text by whole passes, one a token. Fails when `_advance` rotates by a position one further on."""
+    """Greedy text by whole passes, one a token.
+
+    Fails when `_Decoder` rotates by a position one further on, or lets a prompt's rows see those behind them.
+    """
     model = built("autoregressive")
     written = model.generate(prompts, SamplingParams(max_tokens=6, temperature=0))
     for prompt, ids in zip(prompts, written, strict=True):
@@ -75,7 +78,11 @@ def test_a_text_does_not_depend_on_its_neighbours_and_ends_at_a_stop_token() -> 
         model.generate([[1], [2] * 6], SamplingParams(max_tokens=2))[1]
         == model.generate([[2] * 6], SamplingParams(max_tokens=2))[0]
     )
+    # Nor does it while a long prompt is still read behind it.
+    (cut, _) = model.generate([[1, 2], [3] * 4], SamplingParams(max_tokens=8, seed=3, stop_ids=(alone[3],)))
+    assert cut == stopped
     assert model.generate([], params) == []
+    assert model.generate([[]], SamplingParams(max_tokens=0)) == [[]]
     assert model.generate([[1]], SamplingParams(max_tokens=0)) == [[]]
     with pytest.raises(ValueError, match="13 tokens are more than"):
         model.generate([[0] * 5], params)

@@ -1,5 +1,6 @@
 """The benchmarks measure what they say: counted tokens, the products of the real steps, a fair opponent."""
 
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import armd
 from armd.decoder import Decoder
 from armd.rows import Work
-from jobs.benchmarks import corpus, decode, serve, train
+from jobs.benchmarks import baselines, corpus, decode, serve, train
 from jobs.benchmarks.measure import Product, forward_products, peak_bytes
 
 B, N = 2, 8
@@ -80,7 +81,8 @@ def test_step_products_are_those_of_decoding(n_streams: int, monkeypatch: pytest
 
 def test_decode_counts_the_tokens_that_it_wrote(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--vocab-size", "16", "--tokens", "6", "--streams", "1", "4", "16", "--batches", "2"]
-    decode.main([*sizes, "--exact-streams", "2", "8", "--rounds", "1", "--device", "cpu"])
+    options = ["--exact-streams", "2", "8", "--rounds", "1", "--device", "cpu"]
+    decode.main([*sizes, *options, "--baselines", "autoregressive"])
     result = last_line(capsys)
     assert (result["bench"], result["tokens"], result["n"]) == ("decode", 6, 1)
     found = result["contestants"]
@@ -102,12 +104,53 @@ def test_decode_counts_the_tokens_that_it_wrote(capsys: pytest.CaptureFixture[st
         assert found[name]["to_parallel"] == pytest.approx(found[name]["seconds"]["median"] / same["seconds"]["median"])
 
 
+SMALL = ["--vocab-size", "16", "--tokens", "6", "--rounds", "1", "--device", "cpu", "--exact-streams", "2"]
+
+
+def test_decode_times_other_models_on_as_many_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    """Passes are counted while they run. Fails when a contestant's hook stays for the next one's run."""
+    decode.main([*SMALL, "--streams", "1", "--batches", "1", "3", "--diffusion-steps", "1", "1000"])
+    result = last_line(capsys)
+    assert result["left_out"] == {}
+    found = result["contestants"]
+    assert {
+        name: one["steps"] for name, one in found.items() if name.partition(",")[0] in ("autoregressive", "GPT-2")
+    } == {f"{name}, batch {batch}": 6 for name in ("autoregressive", "GPT-2") for batch in (1, 3)}
+    assert found["MDLM T=1, batch 1"]["steps"] == 1
+    assert found["MDLM T=1000, batch 1"]["steps"] == 6  # no two of six tokens in the same of a thousand steps
+    for name in ("autoregressive, batch 3", "GPT-2, batch 3"):
+        one = found[name]
+        assert one["tokens_per_second"] * one["seconds"]["median"] == pytest.approx(18)
+        armd_seconds = found["batch 3, S=1"]["seconds"]["median"]
+        assert one["armd_to_it"] == pytest.approx(armd_seconds / one["seconds"]["median"])
+
+
+def test_decode_says_what_it_leaves_out(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
+    decode.main([*SMALL, "--streams", "1", "--batches", "1", "--baselines", "gpt2"])
+    out = capsys.readouterr().out
+    assert "gpt2 is left out: transformers is not installed: pip install" in out
+    result = json.loads(out.splitlines()[-1])
+    assert "transformers is not installed" in result["left_out"]["gpt2"]
+    assert set(result["contestants"]) == {"batch 1, S=1", "batch 1, S=2", "exact, S=2"}
+
+
+def test_decode_may_count_the_time_of_its_process_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr(decode.time, "process_time", lambda: 5.0 * next(ticks))
+    decode.main([*SMALL, "--streams", "1", "--batches", "1", "--baselines", "autoregressive", "--clock", "cpu"])
+    found = last_line(capsys)["contestants"].values()
+    assert {one["seconds"]["median"] for one in found} == {5.0}
+
+
 def test_decode_writes_no_more_than_the_model_holds(
     tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved = serving_parts.save(tmp_path / "saved", max_length=5)
     options = ["--model-dir", str(saved), "--tokens", "100", "--streams", "2", "--batches", "1", "--exact-streams", "2"]
-    decode.main([*options, "--rounds", "1", "--device", "cpu"])
+    decode.main([*options, "--rounds", "1", "--device", "cpu", "--baselines", "masked-diffusion"])
     result = last_line(capsys)
     assert result["tokens"] == 5
     one = result["contestants"]["batch 1, S=2"]

@@ -18,6 +18,13 @@ from jobs.cli import main
 ESCAPE = "\x1b"
 
 
+class Screen(io.StringIO):
+    """A terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(serving_parts.save(tmp_path_factory.mktemp("model"), max_length=64))
@@ -35,7 +42,7 @@ def samples(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[st
     return found
 
 
-@pytest.mark.parametrize("mode", [[], ["--mode", "exact"], ["--threshold", "0.2"]], ids=str)
+@pytest.mark.parametrize("mode", [[], ["--mode", "exact"], ["--threshold", "0.2"], ["--max-entropy", "3"]], ids=str)
 def test_a_seed_reproduces_and_each_text_has_its_own(
     mode: list[str], model_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,11 +88,44 @@ def test_watching_without_a_terminal_prints_the_text_alone(model_dir: str, capsy
     assert printed(capsys, *options, "--watch") == printed(capsys, *options)
 
 
+@pytest.mark.parametrize("setting", ["FORCE_COLOR", "TTY_COMPATIBLE"])
+def test_watching_writes_no_escape_codes_into_a_file(
+    setting: str, model_dir: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(setting, "1")
+    assert ESCAPE not in printed(capsys, model_dir, "--max-tokens", "9", "--watch")
+
+
+def test_a_stop_string_ends_a_text_and_its_decoding(
+    model_dir: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may begin in one token and end in another; others go on."""
+    cancelled = []
+    cancel = armd.Engine.cancel
+    monkeypatch.setattr(armd.Engine, "cancel", lambda self, one: cancelled.append(cancel(self, one)))
+    options = [model_dir, "--prompt", "the", "--max-tokens", "24", "--n-streams", "1", "--n", "2"]
+    free, other = samples(capsys, *options)
+    tokenizer = serving_parts.tokenizer()
+    (stop,) = re.findall(r"[^\ufffd]{3}", free["text"][5:])[:1]  # whole characters
+    assert stop not in other["text"]
+    cancelled.clear()
+    cut, same = samples(capsys, *options, "--stop", "nowhere", stop)
+    assert cancelled.count(True) == 1
+    assert cut["text"] == free["text"][: free["text"].index(stop)]
+    assert cut["tokens"] == free["tokens"][: len(cut["tokens"])]
+    assert stop in tokenizer.decode(cut["tokens"])
+    assert stop not in tokenizer.decode(cut["tokens"][:-1])
+    assert len(cut["logprobs"]) == len(cut["step_of_token"]) == cut["steps"] == len(cut["tokens"]) < 24
+    assert (cut["finish_reason"], cut["stop_reason"]) == ("stop", stop)
+    assert same["text"] == other["text"]
+    assert same["stop_reason"] is None
+
+
 def test_watching_on_a_terminal_ends_with_the_text(
     model_dir: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The live view goes to the terminal, is erased, and the text is printed as ever."""
-    screen = io.StringIO()
+    screen = Screen()
     monkeypatch.setattr("rich.console.Console", lambda: Console(file=screen, force_terminal=True, width=60))
     options = [model_dir, "--prompt", "the", "--max-tokens", "12", "--n", "2", "--mode", "exact"]
     assert printed(capsys, *options, "--watch") == printed(capsys, *options)
@@ -126,11 +166,13 @@ def test_the_live_view_shows_what_stands_what_is_drafted_and_what_is_open() -> N
 def test_the_options_reach_the_sampler(model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No option is parsed and ignored."""
     seen: list[armd.SamplingParams] = []
-    monkeypatch.setattr(sample, "_decode", lambda network, template, requests, view: seen.extend(requests) or [])
-    monkeypatch.setattr(sample, "zip", lambda *parts, **_: [], raising=False)
+    monkeypatch.setattr(sample, "_decode", lambda network, template, requests, texts, view: seen.extend(requests))
     options = "--n-streams 3 --mode exact --max-tokens 5 --temperature 0.5 --top-p 0.9 --top-k 7 --seed 3"
     assert main(["sample", model_dir, *options.split()]) == 0
-    (params,) = seen
+    assert main(["sample", model_dir, "--max-entropy", "0.5"]) == 0
+    assert main(["sample", model_dir, "--threshold", "0.5"]) == 0
+    params, by_entropy, by_threshold = seen
+    assert (by_entropy.max_entropy, by_threshold.threshold) == (0.5, 0.5)
     eos = serving_parts.tokenizer().eos_id
     assert params == armd.SamplingParams(
         n_streams=3, mode="exact", max_tokens=5, temperature=0.5, top_p=0.9, top_k=7, seed=3, stop_ids=(eos,)

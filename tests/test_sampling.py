@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from armd import SamplingParams
+from armd.choice import Ask, choose
 from armd.sampling import distribution, draw, verify
 
 PROBABILITIES = torch.tensor([[0.5, 0.25, 0.15, 0.1]], dtype=torch.float64)
@@ -38,6 +39,14 @@ def test_distribution_keeps_the_places_of_tokens() -> None:
     shuffled = LOGITS[:, [3, 0, 2, 1]]
     got = distribution(shuffled, SamplingParams(top_p=0.6))
     torch.testing.assert_close(got, torch.tensor([[0, 2 / 3, 0, 1 / 3]], dtype=torch.float64), rtol=1e-5, atol=1e-6)
+
+
+def test_a_bias_is_not_rounded_to_the_models_type() -> None:
+    """At 64 bfloat16 knows no number between 64 and 64.5."""
+    logits = torch.full((1, 2), 64.0, dtype=torch.bfloat16)
+    params = SamplingParams(logit_bias={0: 0.1})
+    (choice,) = choose(logits, [Ask(params, params.generator(), 1, [], [], None)])
+    torch.testing.assert_close(choice.probabilities, torch.tensor([[0.1, 0.0]], dtype=torch.float64).softmax(1))
 
 
 def test_draws_follow_the_distribution() -> None:
@@ -100,8 +109,14 @@ def test_a_seed_means_the_same_every_time() -> None:
         ("min_tokens", -2),
         ("top_logprobs", -1),
         ("mode", "fast"),
+        ("max_tokens", 2.5),
+        ("n_streams", 1.5),
+        ("top_k", "all"),
+        ("seed", "lucky"),
         ("threshold", -0.5),
         ("threshold", 1.5),
+        ("max_entropy", -0.1),
+        ("max_entropy", float("nan")),
         ("n_streams", 0),
         ("temperature", -0.1),
         ("temperature", float("nan")),
@@ -119,5 +134,9 @@ def test_values_out_of_range_are_named(field: str, value: float) -> None:
 def test_values_that_do_not_go_together_are_named() -> None:
     with pytest.raises(ValueError, match=r"threshold must be 0 in exact mode.*0\.5"):
         SamplingParams(mode="exact", threshold=0.5)
+    with pytest.raises(ValueError, match=r"max_entropy must be None in exact mode.*0\.5"):
+        SamplingParams(mode="exact", max_entropy=0.5)
+    with pytest.raises(ValueError, match=r"threshold \(0\.5\) must be left out with max_entropy \(0\.0\)"):
+        SamplingParams(threshold=0.5, max_entropy=0.0)
     with pytest.raises(ValueError, match="logit_bias must be finite, not nan for token 7"):
         SamplingParams(logit_bias={7: float("nan")})

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from armd import Completion, Event, Written
+from armd.text import TextBuilder
 from pipelines.serving.config import DeployConfig
 from pipelines.serving.errors import ApiError
 from pipelines.serving.protocol import CompletionRequest, choice_seed, parse_request
-from pipelines.serving.text import TextBuilder
 
 CONFIG = DeployConfig(max_choices=16, max_slots=4, max_queued=12)
 

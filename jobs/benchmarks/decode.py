@@ -1,10 +1,11 @@
 """`armd bench decode`: what streams buy, against the bare matrix products of the steps at the same row counts.
 
 Exact mode is held against parallel mode with as many streams: its steps have more rows, and it needs fewer, as heads
-are drafted together.
+are drafted together. Other kinds of model (baselines.py) write as many tokens beside them.
 """
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,19 +15,23 @@ from armd import ARCHITECTURES, ARMD, Completion, Engine, ModelConfig, SamplingP
 from armd.order import stream_blocks
 from armd.randomness import seeded
 from jobs import model, options
+from jobs.benchmarks import baselines
+from jobs.benchmarks.baselines import Baseline, Evaluations
 from jobs.benchmarks.measure import Product, finish, forward_products, interleaved, products_runner, spread
 
 COMMAND = "armd bench decode"
 
-# By contestant: how many requests of which kind; a text that it wrote; minimum, median and maximum of its seconds.
+# By contestant: how many requests of which kind; a text that it wrote; minimum, median and maximum of its seconds; a
+# baseline with the number of its texts.
 _Requests = dict[str, tuple[int, SamplingParams]]
 _Written = dict[str, Completion]
 _Seconds = dict[str, dict[str, float]]
+_Baselines = Mapping[str, tuple[int, Evaluations]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeBenchOptions:
-    """Tokens a second and ms a step for each number of streams, and the products alone."""
+    """Tokens a second and ms a step for each number of streams, of the products alone, and of other kinds of model."""
 
     model_dir: str | None = None
     """A trained model's folder; None: random weights of `architecture`."""
@@ -41,9 +46,15 @@ class DecodeBenchOptions:
     exact_streams: tuple[int, ...] = (2, 4, 8, 16, 32)
     """Numbers of streams in exact mode, for one text at a time; parallel mode is measured beside them."""
     batches: tuple[int, ...] = (1, 8, 32)
-    """Texts written together in parallel mode."""
+    """Texts written together, in parallel mode and by the baselines that write left to right."""
+    baselines: tuple[Baseline, ...] = ("autoregressive", "masked-diffusion", "gpt2")
+    """Other kinds of model of the same shape, with random weights; gpt2 is the one of `transformers`."""
+    diffusion_steps: tuple[int, ...] = (256, 1024)
+    """Steps of the masked-diffusion sampler, which writes one text at a time."""
     rounds: int = 5
     """Times each is measured, in turns."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """cpu: what the process computed, its threads together; for a machine that others use too."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of weights and activations."""
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,7 +62,7 @@ class DecodeBenchOptions:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the benchmark and print its table and its line of JSON."""
+    """Run the benchmark and print its tables and its line of JSON."""
     chosen = options.parse(
         DecodeBenchOptions(), arguments, command=COMMAND, description=DecodeBenchOptions.__doc__ or ""
     )
@@ -64,31 +75,64 @@ def main(arguments: Sequence[str]) -> None:
     network = network.to(device, dtype).eval()
     config = network.config
     n_tokens = min(chosen.tokens, config.max_length)
-    parallel: _Requests = {
-        f"batch {batch}, S={n_streams}": (batch, SamplingParams(max_tokens=n_tokens, n_streams=n_streams))
-        for batch in chosen.batches
-        for n_streams in chosen.streams
-    }
-    exact: _Requests = {}
-    for n_streams in chosen.exact_streams:
-        params = SamplingParams(max_tokens=n_tokens, n_streams=n_streams)
-        parallel.setdefault(f"batch 1, S={n_streams}", (1, params))
-        exact[f"exact, S={n_streams}"] = (1, replace(params, mode="exact"))
+    parallel, exact = _requests(chosen, n_tokens)
+    others, left_out = _baselines(chosen, config, n_tokens, device, dtype)
+
     written: _Written = {}
     contestants: dict[str, Callable[[], object]] = {}
     engine = Engine(network, max_slots=max(batch for batch, _ in parallel.values()))
     for name, (batch, params) in [*parallel.items(), *exact.items()]:
         contestants[name] = _decode(engine, batch, params, name, written)
+    contestants |= {name: run for name, (_, run) in others.items()}
     for name, (batch, params) in parallel.items():
         products = step_products(config, batch, n_tokens, params.n_streams)
         contestants[f"{name}, products"] = products_runner(products, device, dtype)
-    seconds = {name: spread(each) for name, each in interleaved(contestants, chosen.rounds, device).items()}
+    clock = time.process_time if chosen.clock == "cpu" else time.perf_counter
+    seconds = {name: spread(each) for name, each in interleaved(contestants, chosen.rounds, device, clock).items()}
 
-    print(f"{sum(p.numel() for p in network.parameters()):,} parameters, {n_tokens} tokens, {chosen.dtype}")
+    n_parameters = sum(parameter.numel() for parameter in network.parameters())
+    print(f"{n_parameters:,} parameters, {n_tokens} tokens, {chosen.dtype}, {chosen.clock} time")
     result = _parallel_table(parallel, written, seconds) | _exact_table(exact, written, seconds)
-    finish(
-        {"bench": "decode", **chosen.__dict__, "tokens": n_tokens, "n": chosen.rounds, "contestants": result}, device
-    )
+    result |= _baseline_table(others, chosen.streams[0], n_tokens, seconds)
+    for name, why in left_out.items():
+        print(f"{name} is left out: {why}")
+    about = {**chosen.__dict__, "tokens": n_tokens, "n": chosen.rounds, "left_out": left_out}
+    finish({"bench": "decode", **about, "contestants": result}, device)
+
+
+def _requests(chosen: DecodeBenchOptions, n_tokens: int) -> tuple[_Requests, _Requests]:
+    """What is written in parallel mode and what in exact mode; parallel mode has all that others are compared with."""
+    parallel: _Requests = {}
+
+    def add(batch: int, n_streams: int) -> SamplingParams:
+        params = SamplingParams(max_tokens=n_tokens, n_streams=n_streams)
+        parallel.setdefault(f"batch {batch}, S={n_streams}", (batch, params))
+        return params
+
+    for batch in chosen.batches:
+        for n_streams in chosen.streams:
+            add(batch, n_streams)
+    if "masked-diffusion" in chosen.baselines:
+        add(1, chosen.streams[0])
+    exact = {f"exact, S={n}": (1, replace(add(1, n), mode="exact")) for n in chosen.exact_streams}
+    return parallel, exact
+
+
+def _baselines(
+    chosen: DecodeBenchOptions, config: ModelConfig, n_tokens: int, device: torch.device, dtype: torch.dtype
+) -> tuple[_Baselines, dict[str, str]]:
+    """The other contestants, and those that cannot be measured here with the reason."""
+    left_out: dict[str, str] = {name: why for name in chosen.baselines if (why := baselines.missing(name))}
+    found: dict[str, tuple[int, Evaluations]] = {}
+    for name in chosen.baselines:
+        if name in left_out:
+            continue
+        if name == "masked-diffusion":
+            found |= baselines.masked_diffusion(config, n_tokens, chosen.diffusion_steps, device, dtype)
+        else:
+            make = baselines.gpt2 if name == "gpt2" else baselines.autoregressive
+            found |= make(config, n_tokens, chosen.batches, device, dtype)
+    return found, left_out
 
 
 def _parallel_table(parallel: _Requests, written: _Written, seconds: _Seconds) -> dict[str, dict[str, Any]]:
@@ -119,6 +163,21 @@ def _exact_table(exact: _Requests, written: _Written, seconds: _Seconds) -> dict
         print(
             f"{name:18}{one['tokens_per_second']:10,.0f}{one['steps']:9}{one['step_seconds'] * 1e3:11.2f}"
             f"{one['accepted'] / params.max_tokens:10.1%}{one['to_parallel']:18.2f}"
+        )
+    return result
+
+
+def _baseline_table(others: _Baselines, n_streams: int, n_tokens: int, seconds: _Seconds) -> dict[str, dict[str, Any]]:
+    """Print and return the figures of other models, beside the time that ARMD takes with `n_streams` (usually one)."""
+    result: dict[str, dict[str, Any]] = {}
+    if others:
+        print(f"{'':24}{'tokens/s':>10}{'passes':>9}{'ms a pass':>11}{f'ARMD S={n_streams} to it':>18}")
+    for name, (batch, evaluations) in others.items():
+        one = result[name] = _measured(seconds[name], batch * n_tokens, evaluations.count)
+        one["armd_to_it"] = seconds[f"batch {batch}, S={n_streams}"]["median"] / seconds[name]["median"]
+        print(
+            f"{name:24}{one['tokens_per_second']:10,.0f}{one['steps']:9}{one['step_seconds'] * 1e3:11.2f}"
+            f"{one['armd_to_it']:18.2f}"
         )
     return result
 

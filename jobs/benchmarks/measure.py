@@ -20,7 +20,10 @@ Product = tuple[int, int, int]
 
 
 def interleaved(
-    contestants: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device
+    contestants: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each contestant in each round, after one round that does not count.
 
@@ -30,11 +33,11 @@ def interleaved(
     for round_ in range(rounds + 1):
         for name, run in contestants.items():
             _finish(device)
-            since = time.perf_counter()
+            since = clock()
             run()
             _finish(device)
             if round_:
-                seconds[name].append(time.perf_counter() - since)
+                seconds[name].append(clock() - since)
     return seconds
 
 

@@ -5,12 +5,12 @@ import time
 from typing import Any
 
 from armd import ARMD, Engine, SamplingParams, Tokenizer
+from armd.text import TextBuilder
 from pipelines.serving.config import DeployConfig
 from pipelines.serving.engine_loop import EngineFailed, EngineLoop, QueueFull, Ticket
 from pipelines.serving.errors import ApiError, invalid, queue_full, unavailable
 from pipelines.serving.messages import Admitted, Delta, Finish, Items
 from pipelines.serving.protocol import CompletionRequest, choice_seed
-from pipelines.serving.text import TextBuilder
 
 
 class Completions:

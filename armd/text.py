@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from armd import Event, Tokenizer
+from armd.request import Event, Written
+from armd.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
 
@@ -11,7 +12,12 @@ class TextBuilder:
     """The text of one choice. What `take` returned stands: never retracted, never with part of a stop string.
 
     Tokens are read one by one in text order, however many a step brings, so that the text and the place where it stops
-    do not depend on how the steps were cut.
+    do not depend on how the steps were cut. The engine knows tokens only: who reads a text cancels its request where
+    `finish_reason` says that a stop string ended it.
+
+    Args:
+        stop: strings that end the text, not empty; the text before the first of them stays.
+        stop_ids: tokens that end the text, as its request has them.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], stop_ids: Sequence[int]) -> None:
@@ -19,11 +25,13 @@ class TextBuilder:
         self._stop = tuple(stop)
         self._stop_ids = frozenset(stop_ids)
         self._hold = max((len(one) for one in stop), default=1) - 1
-        self._pending: dict[int, tuple[int, int]] = {}
+        self._pending: dict[int, tuple[Written, int]] = {}
         self._text = ""
         self._taken = 0
         self.tokens: list[int] = []
         """The committed prefix; with a stop string, up to the token that completed it."""
+        self.logprobs: list[float] = []
+        """Their log-probabilities, as `Written` has them."""
         self.step_of_token: list[int] = []
         """The step, counted from 1, at which each of them was written."""
         self.steps = 0
@@ -43,15 +51,16 @@ class TextBuilder:
         self.rejected += event.rejected
         self.accepted += len(event.written) - event.rejected
         for one in event.written:
-            self._pending[one.index] = (one.token, self.steps)
+            self._pending[one.index] = (one, self.steps)
         while self.finish_reason is None and len(self.tokens) in self._pending:
-            token, step = self._pending.pop(len(self.tokens))
-            if token in self._stop_ids:
+            one, step = self._pending.pop(len(self.tokens))
+            if one.token in self._stop_ids:
                 self._end("stop")
                 return
-            self.tokens.append(token)
+            self.tokens.append(one.token)
+            self.logprobs.append(one.logprob)
             self.step_of_token.append(step)
-            self._add(self._detokenizer.push(token))
+            self._add(self._detokenizer.push(one.token))
         if self.finish_reason is None and event.completion is not None:
             self._end(event.completion.finish_reason)
 
