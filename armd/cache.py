@@ -1,8 +1,8 @@
 """What decoding remembers of each text: fixed storage, a slot a text; knows ranks, not tokens.
 
 Two-stream layers remember content keys and values (the null key first), causal layers those of the query rows, prefix
-aggregation its running state (section 5). Storage is claimed once, so that memory is known beforehand. Rolling back
-costs nothing: what lies beyond the ranks that masks show is written again before it is read.
+aggregation its running state (docs/model.md, section 5). Storage is claimed once, so that memory is known beforehand.
+Rolling back costs nothing: what lies beyond the ranks that masks show is written again before it is read.
 """
 
 import math

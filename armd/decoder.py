@@ -1,8 +1,8 @@
 """One decoding step on tensors: content rows of the tokens just chosen, query rows of the positions to fill.
 
-A step is one forward pass over the rows of all texts, gathered into one batch of rows (section 5): X rows enter the
-caches of the two-stream layers, G rows pass through all layers, and each weight is read once. What the rows are and
-what they see is worked out before (rows.py); nothing here waits for the device.
+A step is one forward pass over the rows of all texts, gathered into one batch of rows (docs/model.md, section 5): X
+rows enter the caches of the two-stream layers, G rows pass through all layers, and each weight is read once. What the
+rows are and what they see is worked out before (rows.py); nothing here waits for the device.
 
 Shapes: M rows of all texts, B texts of a run, R rows of each, K keys, H heads, A head width, D model width, E prefix
 width.

@@ -3,10 +3,10 @@
 Three ways to fill the positions of an order, all of them here:
 
 * parallel: a block at a time, drawn and done;
-* exact (section 5.1): the next `n_streams` ranks are drafted, heads too. The first of them stands at once, as it was
-  drawn from what it is to follow; the next step verifies the others and drafts on. At a rejection the accepted drafts
-  and the replacement stay, the drafts behind it are dropped, and the next `n_streams` ranks are drafted, wherever
-  blocks would have begun: they are in as many different streams all the same;
+* exact (docs/model.md, section 5.1): the next `n_streams` ranks are drafted, heads too. The first of them stands at
+  once, as it was drawn from what it is to follow; the next step verifies the others and drafts on. At a rejection the
+  accepted drafts and the replacement stay, the drafts behind it are dropped, and the next `n_streams` ranks are
+  drafted, wherever blocks would have begun: they are in as many different streams all the same;
 * adaptive: of the next `n_streams` open positions those are filled of which the model is sure enough, by `threshold` or
   by `max_entropy`.
 

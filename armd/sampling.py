@@ -137,7 +137,7 @@ def draw(weights_MV: Tensor, uniform_M: Tensor) -> Tensor:
 
 
 def verify(target_MV: Tensor, draft_MV: Tensor, drafts_M: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor]:
-    """Which drafts stand, (M,) bool, and the weights (M, V) that replace those that do not (section 5.1).
+    """Which drafts stand, (M,) bool, and the weights (M, V) that replace those that do not: equation (13).
 
     Draft x, drawn from `draft`, stands with probability min(1, target(x) / draft(x)); its replacement is drawn from
     the positive part of target - draft. Together they follow `target` exactly (Leviathan et al., arXiv 2211.17192).

@@ -1,8 +1,13 @@
 """Fixtures that several test files share; the Ray cluster is one a session, started when the first test asks for it."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
+
+# Before torch is imported, and for child processes too: at the tests' sizes a second thread helps little, and on a busy
+# machine the two wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
