@@ -235,7 +235,12 @@ def _rows(recipe: Recipe | Study, plan: dict[str, Any]) -> list[tuple[str, str, 
 def _steps_note(train: TrainConfig, n_runs: int) -> str:
     if n_runs > 1:
         return f"{train.total_steps:,} in each of {n_runs} runs; epochs are those of one run"
-    return f"{train.steps:,} of permutation, {train.strided_steps:,} strided"
+    parts = [f"{train.steps:,} {'of permutation' if train.max_shuffled else 'left to right'}"]
+    if mixed := train.strided_share + train.infilling_share:
+        parts.append(f"{mixed:.0%} of them in streams")
+    if train.strided_steps:
+        parts.append(f"{train.strided_steps:,} strided")
+    return ", ".join(parts)
 
 
 def _flat(config: dict[str, Any], prefix: str = "--") -> list[str]:

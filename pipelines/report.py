@@ -170,8 +170,15 @@ def _training_note(train: Mapping[str, Any]) -> str:
             f"Left to right for {train['ar_steps']:,} steps; then up to {train['max_shuffled']} ranks of each sequence "
             f"are shuffled, all of them from step {train['permutation_steps']:,}."
         )
+    streams = ", ".join(str(n) for n in train["streams"])
+    shares = [
+        f"{train[f'{kind}_share']:.0%} of the steps are {kind}"
+        for kind in ("strided", "infilling")
+        if train[f"{kind}_share"]
+    ]
+    if shares:
+        parts.append(f"After {train['mix_after']:,} steps {' and '.join(shares)}, with S of {streams}.")
     if train["strided_steps"]:
-        streams = ", ".join(str(n) for n in train["streams"])
         parts.append(f"The last {train['strided_steps']:,} steps train strided orders with S of {streams}.")
     return escape(" ".join(parts))
 

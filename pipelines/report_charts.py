@@ -153,12 +153,14 @@ def short(value: float) -> str:
 def _phases(
     axes: Any, training: Sequence[Mapping[str, Any]], train: Mapping[str, Any], narrow: bool, labels: bool = True
 ) -> None:
-    """Shade the steps in which ranks are shuffled and those of strided fine-tuning."""
+    """Shade the steps in which ranks are shuffled, those with others mixed in, and those of strided fine-tuning."""
     tokens_a_step = training[-1]["tokens"] / training[-1]["step"]
     end = train["steps"] + train["strided_steps"]
     spans = []
     if train["max_shuffled"] > 0:
         spans.append((train["ar_steps"], train["steps"], SHADE_A, f"permutation, up to {train['max_shuffled']} ranks"))
+    if mixed := train["strided_share"] + train["infilling_share"]:
+        spans.append((train["mix_after"], train["steps"], SHADE_B, f"mixed, {mixed:.0%} in streams"))
     if train["strided_steps"] > 0:
         spans.append((train["steps"], end, SHADE_B, "strided"))
     for begin, stop, colour, label in spans:

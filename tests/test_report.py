@@ -32,6 +32,9 @@ RECIPE = {
         "ar_steps": 12,
         "permutation_steps": 72,
         "max_shuffled": 8,
+        "strided_share": 0.0,
+        "infilling_share": 0.0,
+        "mix_after": 0,
         "streams": [1, 2, 4],
         "learning_rate": 0.003,
         "architecture": {"n_layers": 4, "n_two_stream_layers": 2, "d_model": 128, "n_heads": 4, "d_prefix": 32},
@@ -329,6 +332,15 @@ def test_fewer_streams_and_no_schedule(tmp_path: Path, streams: list[str]) -> No
     recipe["train"] |= {"strided_steps": 0, "max_shuffled": 0}
     structure = parse(make_report(tmp_path, bodies, recipe=recipe))
     assert structure.tags["svg"] == 6
+
+
+def test_a_mixed_schedule_is_told(tmp_path: Path) -> None:
+    recipe = copy.deepcopy(RECIPE)
+    recipe["train"] |= {"max_shuffled": 0, "strided_steps": 0, "strided_share": 0.5, "mix_after": 60}
+    page = make_report(tmp_path, recipe=recipe)
+    assert "After 60 steps 50% of the steps are strided, with S of 1, 2, 4." in page
+    assert "mixed, 50% in streams" in page
+    assert "shuffled, all of them" not in page
 
 
 def test_an_unfinished_stage_is_named(tmp_path: Path) -> None:
