@@ -151,9 +151,9 @@ def _about_value(message: str, known: Mapping[str, Any], arguments: Sequence[str
 
 
 def _typed(value: Any) -> str:
-    """A default as it would be typed."""
+    """A default as it would be typed; an empty list is typed as nothing."""
     if isinstance(value, (tuple, list)):
-        return " ".join(map(_typed, value))
+        return " ".join(map(_typed, value)) or "nothing"
     return str(value) if value != "" else "''"
 
 

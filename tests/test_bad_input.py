@@ -140,6 +140,7 @@ USAGE = [
     ("run demo extra", "'extra'", "`armd run demo --help`"),
     ("run demo --root", "--root", "STR"),
     ("run demo --root=", "--root must be a folder", "default, runs,"),
+    ("run demo --corpus.weights 0.5 0.5", "--corpus.weights must be one for each of the 1", "default, nothing,"),
     ("run demo --root s3://", "'s3://'", "s3://bucket/runs"),
     ("plan demo --root s3:///", "'s3:///'", "s3://bucket/runs"),
     ("run demo --train.betas 0.9", "--train.betas", "FLOAT"),
