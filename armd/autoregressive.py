@@ -52,8 +52,10 @@ class AutoregressiveLM(nn.Module):
         are still read, so that all texts stand at the same position. `params.n_streams` means nothing here.
 
         Raises:
-            ValueError: a prompt and its continuation are longer than the model's max_length.
+            ValueError: a prompt and its continuation are longer than the model's max_length, or `params` asks for what
+                only an engine does.
         """
+        params.check_plain()
         known = [len(prompt) for prompt in prompts]
         ends = [n + params.max_tokens for n in known]
         longest = max(ends, default=0)

@@ -103,11 +103,14 @@ class Engine:
         params: SamplingParams,
         blocks: Sequence[Sequence[int]] | None = None,
     ) -> int:
-        """Queue an infilling: token ids, None for each hole. All holes are filled; `params.max_tokens` plays no part.
+        """Queue an infilling: token ids, None for each hole; `params.max_tokens` plays no part.
+
+        All holes are filled, unless one of `params.stop_ids` is drawn: then those behind it are left out, so give none
+        where known text follows a hole.
 
         The known tokens come first in the order, then the holes: in the order of `blocks`, lists of their positions;
-        by default from left to right, cut into `params.n_streams`. Exact and adaptive requests take positions in that
-        order, `params.n_streams` at a time.
+        by default from left to right, cut into `params.n_streams`. Exact requests take positions in that order,
+        `params.n_streams` at a time; adaptive ones too, but no two neighbours in one step.
 
         Raises:
             ValueError: a token is not in the vocabulary, the template is longer than the model's length, or `blocks`

@@ -130,13 +130,15 @@ class MaskedDiffusionLM(nn.Module):
         drawn independently; a step in which none appears needs no evaluation.
 
         Raises:
-            ValueError: `length` is more than the model's max_length, or `n_steps` less than 1.
+            ValueError: `length` is more than the model's max_length, `n_steps` less than 1, or `params` asks for what
+                only an engine does.
         """
         if not 1 <= length <= self.config.max_length:
             raise ValueError(f"length must be between 1 and the model's max_length {self.config.max_length}: {length}")
         if n_steps is not None and n_steps < 1:
             raise ValueError(f"n_steps must be at least 1, not {n_steps}")
         params = params or SamplingParams()
+        params.check_plain()
         generator = params.generator()
         device = self.embedding.weight.device
         if n_steps is None:

@@ -15,5 +15,12 @@ MODELS: dict[str, type[ARMD] | type[AutoregressiveLM] | type[MaskedDiffusionLM]]
 
 
 def name_of(model: Model) -> str:
-    """The name in `MODELS` of a model's kind."""
-    return next(name for name, kind in MODELS.items() if type(model) is kind)
+    """The name in `MODELS` of a model's kind.
+
+    Raises:
+        ValueError: it is none of them, such as a compiled model, whose original is meant.
+    """
+    for name, kind in MODELS.items():
+        if type(model) is kind:
+            return name
+    raise ValueError(f"a model must be one of {', '.join(MODELS)}, not {type(model).__name__}")

@@ -217,7 +217,7 @@ class Request:
         for (position,) in self.blocks:
             if len(candidates) == n_streams:
                 break
-            if position - 1 not in candidates:  # a stream waits for its own open position
+            if position - 1 not in candidates:  # neighbours depend on each other too much to be drawn apart
                 candidates.append(position)
         return candidates
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from armd.randomness import seeded
 
+_ENGINES_OWN = ("min_tokens", "mode", "threshold", "max_entropy", "logit_bias", "top_logprobs")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -37,8 +39,9 @@ class SamplingParams:
     a step; the others wait. 0 fills every position at its turn."""
     max_entropy: float | None = None
     """In parallel mode, positions are filled by rising entropy of their predictions, in nats, until those before one
-    sum to more than this; the others wait. So the tokens of a step, drawn apart, differ by at most so many nats from
-    tokens drawn one after the other (Ben-Hamu et al., arXiv 2505.24857). None fills every position at its turn."""
+    sum to more than this; the others wait. At temperature 1, with nothing cut or biased, the tokens of a step, drawn
+    apart, differ by at most so many nats from tokens drawn one after the other (Ben-Hamu et al., arXiv 2505.24857).
+    None fills every position at its turn."""
     temperature: float = 1.0
     """Divides the logits; 0 takes the most probable token."""
     top_p: float = 1.0
@@ -91,7 +94,18 @@ class SamplingParams:
 
     def generator(self) -> torch.Generator:
         """The request's generator; on the CPU, so that a seed means the same everywhere."""
-        return seeded("sample", secrets.randbits(64) if self.seed is None else self.seed)
+        return seeded("sample", secrets.randbits(64) if self.seed is None else operator.index(self.seed))
+
+    def check_plain(self) -> None:
+        """Check that nothing is asked for that only an engine does.
+
+        Raises:
+            ValueError: naming what is.
+        """
+        plain = SamplingParams()
+        for name in _ENGINES_OWN:
+            if getattr(self, name) != getattr(plain, name):
+                raise ValueError(f"{name} must be left out here, not {getattr(self, name)!r}")
 
 
 def distribution(logits_MV: Tensor, params: SamplingParams) -> Tensor:

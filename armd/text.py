@@ -47,7 +47,7 @@ class TextBuilder:
 
     def feed(self, event: Event) -> None:
         """Add what a step wrote."""
-        self.steps += 1
+        self.steps += bool(event.written)  # a request for no token takes no step
         self.rejected += event.rejected
         self.accepted += len(event.written) - event.rejected
         for one in event.written:

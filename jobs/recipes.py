@@ -65,6 +65,10 @@ class Study:
             raise ValueError(f"model must be armd in a study, whose contestants set it, not {self.train.model}")
         if self.train.seed:
             raise ValueError(f"seed must be 0 in a study, whose seeds set it, not {self.train.seed}")
+        for name in ("max_shuffled", "strided_share", "infilling_share", "mix_after"):
+            value, default = getattr(self.train, name), TrainConfig.__dataclass_fields__[name].default
+            if value != default:
+                raise ValueError(f"{name} must be {default} in a study, whose contestants set it, not {value}")
         for name in ("contestants", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):

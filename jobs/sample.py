@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from jobs import model, options
+from jobs.terminal import printable
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
@@ -85,7 +87,8 @@ def main(arguments: Sequence[str]) -> int:
     for number, sample in enumerate(samples, start=1):
         if len(samples) > 1:
             print(f"--- {number} of {len(samples)}")
-        print(sample["prompt"] + sample["text"])
+        text = sample["prompt"] + sample["text"]
+        print(printable(text) if sys.stdout.isatty() else text)
     return 0
 
 

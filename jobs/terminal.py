@@ -196,6 +196,11 @@ class _Counts:
             terminal._show(self._name, done, total, unit, note, self._pace)
 
 
+def printable(text: str) -> str:
+    """`text` without what would steer the terminal, for text that a model or a stranger wrote."""
+    return "".join(one if one.isprintable() or one in "\n\t" else "\ufffd" for one in text)
+
+
 def count_text(count: float) -> str:
     """`count` in at most about six characters: 0.83, 12.5, 600, 12,000, 1.25M."""
     for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):

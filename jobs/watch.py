@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from armd.order import stream_blocks
+from jobs.terminal import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,9 +82,4 @@ class Watch:
             if not parts or parts[-1][1] != style:
                 parts.append(([], style))
             parts[-1][0].append(token)
-        return [(_printable(self._tokenizer.decode(tokens)) if tokens else _HOLE, style) for tokens, style in parts]
-
-
-def _printable(text: str) -> str:
-    """`text` without what would steer the terminal."""
-    return "".join(one if one.isprintable() or one == "\n" else "\ufffd" for one in text)
+        return [(printable(self._tokenizer.decode(tokens)) if tokens else _HOLE, style) for tokens, style in parts]

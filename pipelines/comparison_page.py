@@ -114,7 +114,6 @@ def _places_chart(contestants: Sequence[Mapping[str, Any]]) -> str:
             axes.plot(range(1, len(costs) + 1), list(accumulate(costs)), color=colour, label=one["label"])
         axes.set_xlabel("place in the stream")
         axes.set_ylabel("nats so far")
-        axes.set_ylim(bottom=0)
         axes.axhline(0, color=MUTED, linewidth=0.8)
         axes.grid(axis="y")
         axes.legend(fontsize=8, ncols=1, loc="center left", bbox_to_anchor=(1, 0.5)) if not narrow else axes.legend(

@@ -324,6 +324,7 @@ def test_a_recorded_step_depends_on_its_plan_and_its_integers(max_slots: int, mo
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_replayed_steps_on_a_gpu(sharp: ARMD) -> None:
     model = ARMD(sharp.config)
     model.load_state_dict(sharp.state_dict())

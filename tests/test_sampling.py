@@ -1,5 +1,8 @@
 """Temperature, top-k, top-p and the draw, by exact figures."""
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
@@ -140,3 +143,17 @@ def test_values_that_do_not_go_together_are_named() -> None:
         SamplingParams(threshold=0.5, max_entropy=0.0)
     with pytest.raises(ValueError, match="logit_bias must be finite, not nan for token 7"):
         SamplingParams(logit_bias={7: float("nan")})
+
+
+@pytest.mark.parametrize(
+    "changed", [{"min_tokens": 1}, {"logit_bias": {1: 2.0}}, {"mode": "exact"}, {"max_entropy": 0.0}]
+)
+def test_the_baselines_refuse_what_only_an_engine_does(changed: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(changed))} must be left out here"):
+        SamplingParams(**changed).check_plain()
+    SamplingParams(n_streams=8, top_k=3, stop_ids=(1,)).check_plain()
+
+
+def test_a_seed_is_a_number_whatever_its_type() -> None:
+    one, other = (SamplingParams(seed=seed).generator().initial_seed() for seed in (3, np.int64(3)))
+    assert one == other

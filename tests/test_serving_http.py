@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -433,8 +434,15 @@ def test_a_failure_before_the_first_byte_has_its_status(
     [("my.id-7", True), ("x" * 128, True), ("x" * 129, False), ("", False), ("a b", False), ("<b>\u00e9", False)],
 )
 def test_only_a_plain_request_id_is_taken_from_the_caller(
-    made: Callable[..., Server], caplog: pytest.LogCaptureFixture, given: str, kept: bool, stream: bool
+    made: Callable[..., Server],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    given: str,
+    kept: bool,
+    stream: bool,
 ) -> None:
+    # Serve, once started in this process, keeps its logger's records from the root's handlers.
+    monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
     first = [ADMITTED] if stream else []
     server = made(CONFIG, Scripted(*first, ValueError("oops")))
     body = {"prompt": "a", "stream": stream}

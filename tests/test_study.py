@@ -92,6 +92,8 @@ def test_contestants_differ_in_model_and_orders_alone() -> None:
         (["--contestants", "mixed", "mixed"], "--contestants must be one or more, each once"),
         (["--seeds"], "--seeds"),
         (["--seeds", "1", "1"], "--seeds must be one or more, each once"),
+        (["--train.max-shuffled", "16"], "--train.max-shuffled must be 32 in a study"),
+        (["--train.strided-share", "0.5"], "--train.strided-share must be 0.0 in a study"),
         (["--train.seed", "3"], "--train.seed must be 0 in a study"),
         (["--train.model", "autoregressive"], "--train.model must be armd in a study"),
         (["--until", "deploy"], "--until must be one of this recipe's stages"),

@@ -17,7 +17,15 @@ from armd.randomness import seeded
 from jobs import model, options
 from jobs.benchmarks import baselines
 from jobs.benchmarks.baselines import Baseline, Evaluations
-from jobs.benchmarks.measure import Product, finish, forward_products, interleaved, products_runner, spread
+from jobs.benchmarks.measure import (
+    Product,
+    at_least_one,
+    finish,
+    forward_products,
+    interleaved,
+    products_runner,
+    spread,
+)
 
 COMMAND = "armd bench decode"
 
@@ -60,6 +68,11 @@ class DecodeBenchOptions:
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to compute."""
 
+    def __post_init__(self) -> None:
+        at_least_one(self, "vocab_size", "tokens", "rounds", "streams", "exact_streams", "batches", "diffusion_steps")
+        if not self.streams or not self.batches:
+            raise ValueError("streams and batches must hold a number each")
+
 
 def main(arguments: Sequence[str]) -> None:
     """Run the benchmark and print its tables and its line of JSON."""
@@ -96,7 +109,8 @@ def main(arguments: Sequence[str]) -> None:
     result |= _baseline_table(others, chosen.streams[0], n_tokens, seconds)
     for name, why in left_out.items():
         print(f"{name} is left out: {why}")
-    about = {**chosen.__dict__, "tokens": n_tokens, "n": chosen.rounds, "left_out": left_out}
+    shape = {} if chosen.model_dir is None else {"architecture": None, "vocab_size": config.vocab_size}
+    about = {**chosen.__dict__, **shape, "tokens": n_tokens, "n": chosen.rounds, "left_out": left_out}
     finish({"bench": "decode", **about, "contestants": result}, device)
 
 

@@ -19,6 +19,18 @@ Product = tuple[int, int, int]
 """Rows, columns in, columns out of one matrix product."""
 
 
+def at_least_one(chosen: Any, *names: str) -> None:
+    """Check the numbers of a benchmark's options.
+
+    Raises:
+        ValueError: naming the option, a number or numbers, that has one below 1.
+    """
+    for name in names:
+        value = getattr(chosen, name)
+        if any(number < 1 for number in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"{name} must be at least 1, not {value}")
+
+
 def interleaved(
     contestants: Mapping[str, Callable[[], Any]],
     rounds: int,

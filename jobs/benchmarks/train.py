@@ -12,7 +12,15 @@ from armd.models import Model
 from armd.objective import Drawn, nats
 from armd.randomness import seeded
 from jobs import costs, options
-from jobs.benchmarks.measure import finish, forward_products, interleaved, peak_bytes, products_runner, spread
+from jobs.benchmarks.measure import (
+    at_least_one,
+    finish,
+    forward_products,
+    interleaved,
+    peak_bytes,
+    products_runner,
+    spread,
+)
 from jobs.terminal import bytes_text
 
 COMMAND = "armd bench train"
@@ -39,6 +47,9 @@ class TrainBenchOptions:
     """Precision of weights and activations."""
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to compute."""
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "vocab_size", "length", "batch", "rounds")
 
 
 def main(arguments: Sequence[str]) -> None:

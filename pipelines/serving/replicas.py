@@ -67,13 +67,14 @@ def last_line(text: str) -> str:
 
 
 def _no_room(config: DeployConfig, unplaced: int) -> UserError:
-    """What to say when `unplaced` replicas have found no place in time."""
+    """What to say when `unplaced` replicas, the light ingress among them, have found no place in time."""
     import ray
 
     gpus = ray.cluster_resources().get("GPU", 0)
     need = f"{config.cpus_per_replica:g} CPUs" + (" and a GPU" if gpus else "")
     return UserError(
-        f"the cluster has no room for {unplaced} of {config.n_replicas} engines after {config.wait_for_nodes:g} s; "
+        f"the cluster has no room for {min(unplaced, config.n_replicas)} of {config.n_replicas} engines after "
+        f"{config.wait_for_nodes:g} s; "
         f"each needs {need} that nobody uses",
         "free some or add nodes, ask for fewer (--deploy.n-replicas, --deploy.cpus-per-replica), or give a growing "
         "cluster more time (--deploy.wait-for-nodes 600)",
