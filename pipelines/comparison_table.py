@@ -61,7 +61,7 @@ def findings(contestants: Sequence[Mapping[str, Any]]) -> list[str]:
             f"(expected: far above)."
         )
     for one in contestants:
-        if one["name"].startswith("rho-"):
+        if one["name"].startswith(("rho-", "mixed")):
             lines += _within(one)
     if (mixed := by_name.get("mixed")) and (paper := by_name.get("rho-8")):
         orders = [("left to right", mixed["left_to_right"], paper["left_to_right"])]
