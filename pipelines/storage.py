@@ -13,6 +13,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -277,12 +278,19 @@ def scratch_file(folder: str) -> Iterator[str]:
         Path(path).unlink(missing_ok=True)
 
 
-def remove_unfinished(folder: str) -> None:
-    """Remove what killed processes left half-written in `folder`; for when nobody else is writing there."""
+def remove_unfinished(folder: str, older_than: float = 0.0) -> None:
+    """Remove what killed processes left half-written in `folder`.
+
+    Args:
+        folder: where; nothing happens on an object store.
+        older_than: seconds since the last write; at 0 nobody else may be writing there.
+    """
     if is_local(folder) and os.path.isdir(absolute(folder)):
         for name in os.listdir(absolute(folder)):
-            if _TEMPORARY.match(name):
-                Path(absolute(folder), name).unlink(missing_ok=True)
+            path = Path(absolute(folder), name)
+            with contextlib.suppress(FileNotFoundError):
+                if _TEMPORARY.match(name) and (not older_than or time.time() - path.stat().st_mtime > older_than):
+                    path.unlink()
 
 
 def fetch_file(uri: str, cache_dir: str) -> str:

@@ -67,7 +67,7 @@ class WindowIndex:
         self._cache = cache or ShardCache()
         self._around = _around(manifest)
         self._body = self.sequence_length - len(self._around)
-        self._item_bytes = np.dtype(manifest.get("dtype", "uint32")).itemsize
+        self._item_bytes = np.dtype(manifest.get("dtype", "uint16")).itemsize
         self._shards: list[dict[str, Any]] = splits[split]["shards"]
         self._starts = list(itertools.accumulate((shard["tokens"] for shard in self._shards), initial=0))
         self._arrays: OrderedDict[int, np.ndarray] = OrderedDict()
