@@ -16,6 +16,8 @@ from armd.tokenizer import Tokenizer
 from pipelines import storage
 from pipelines.corpus_config import Reading
 from pipelines.documents import Documents
+from pipelines.duplicates import FOLDER as HASHES
+from pipelines.errors import UserError
 from pipelines.formation import FORMATIONS, row, specials
 from pipelines.shard_file import SHARDS, ShardFile, unpacked_counts
 from pipelines.sources import Unit
@@ -52,7 +54,7 @@ def unit_key(unit: Unit, settings: UnitSettings) -> str:
     identity = {
         "version": _VERSION,
         "files": [file.identity for file in unit.files],
-        "dropped": unit.dropped,
+        "dropped": [unit.dropped, unit.n_hashed],
         "tokenizer": storage.sha256_bytes(settings.tokenizer_json.encode("utf-8")),
         "reading": asdict(settings.reading),
         "formation": [settings.formation, FORMATIONS[settings.formation].version, settings.row_length],
@@ -77,7 +79,8 @@ def make_unit(unit: Unit, settings: UnitSettings) -> dict[str, Any]:
         `samples` has [hash, first token, tokens] of the documents with the smallest hashes.
 
     Raises:
-        UserError: an input file cannot be read for reasons that are not its own, or a shard cannot be written.
+        UserError: an input file cannot be read for reasons that are not its own, or has other documents than when
+            duplicates were looked for, or a shard cannot be written.
     """
     key = unit_key(unit, settings)
     record = _finished(key, settings.output_dir)
@@ -114,11 +117,25 @@ def _write_shards(unit: Unit, settings: UnitSettings) -> dict[str, Any]:
                 digest = hashlib.sha256(data)
                 shard = validation_shard if _held_out(digest, unit.validation_fraction) else train_shard
                 shard.append(ends.around(parts), len(data), digest.hexdigest()[:16])
+        _check_count(unit, documents, settings.output_dir)
         splits = {
             "train": train_shard.finish(settings.output_dir, "train"),
             "validation": validation_shard.finish(settings.output_dir, "validation"),
         }
     return {"documents": documents.counts, "quarantine": documents.quarantine, "splits": splits}
+
+
+def _check_count(unit: Unit, documents: Documents, output_dir: str) -> None:
+    """The numbers of the documents to leave out are those of the first pass: both must have seen the same ones."""
+    found = documents.counts["used"] + documents.counts["duplicate"]
+    if unit.n_hashed not in (None, found):
+        raise UserError(
+            storage.redacted(
+                f"{unit.files[0].uri} to {unit.files[-1].uri} had {unit.n_hashed} documents when duplicates were "
+                f"looked for, and {found} when they were read again"
+            ),
+            storage.redacted(f"remove {storage.join(output_dir, HASHES)} and run again while no file changes"),
+        )
 
 
 class _Ends:

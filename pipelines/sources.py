@@ -69,6 +69,8 @@ class Unit:
     """Share of their documents that are held out: 0 or 1 where the held-out documents have sources of their own."""
     dropped: str = ""
     """Which of its documents are left out, by their number among those with text, as `packed_counts` packs them."""
+    n_hashed: int | None = None
+    """How many documents with text there were when duplicates were looked for; None: they were not."""
 
 
 def input_files(sources: Iterable[str], option: str = SOURCES) -> list[InputFile]:

@@ -11,6 +11,7 @@ import pytest
 from armd.tokenizer import Tokenizer
 from pipelines import shards, storage
 from pipelines.corpus_config import Reading
+from pipelines.errors import UserError
 from pipelines.shard_file import packed_counts, token_dtype, unpacked_counts
 from pipelines.shards import UnitSettings, is_held_out, make_unit, unit_key
 from pipelines.sources import Unit, input_files
@@ -182,6 +183,18 @@ def test_a_failing_unit_leaves_no_record_and_no_scratch(
     with pytest.raises(OSError, match="disk full"):
         make_unit(unit, settings(tmp_path, tokenizer))
     assert [name for _, _, names in os.walk(tmp_path / "out") for name in names] == []
+
+
+def test_documents_that_are_not_those_of_the_first_pass_are_refused(
+    tmp_path: Path, tokenizer: Tokenizer, unit: Unit
+) -> None:
+    config = settings(tmp_path, tokenizer)
+    with pytest.raises(UserError, match=r"had 59 documents when duplicates were looked for, and 60 when") as caught:
+        make_unit(replace(unit, dropped=packed_counts(np.array([3])), n_hashed=59), config)
+    assert "hashes" in caught.value.fix
+    assert [name for _, _, names in os.walk(tmp_path / "out") for name in names] == []
+    kept = make_unit(replace(unit, dropped=packed_counts(np.array([3])), n_hashed=60), config)
+    assert kept["documents"] == {"read": 62, "used": 59, "empty": 1, "duplicate": 1, "quarantined": 1}
 
 
 def test_unit_without_text_has_no_shards(tmp_path: Path, tokenizer: Tokenizer) -> None:
