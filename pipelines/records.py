@@ -10,6 +10,7 @@ from pipelines import python_docs, storage
 from pipelines.byte_stream import CHUNK, Damaged, Reader, chunks, first_line, split, unix_lines
 from pipelines.corpus_config import Reading
 from pipelines.detokenizers import detokenized
+from pipelines.errors import UserError
 from pipelines.sources import PYTHON_DOCS, InputFile
 
 _PARQUET_ROWS = 256  # decoded at once
@@ -40,7 +41,7 @@ def read_records(file: InputFile, reading: Reading) -> Iterator[Record]:
     given and one more for the rest.
 
     Raises:
-        UserError: the file is there, but reading it fails (the network, the disk).
+        UserError: the file cannot be opened, or reading it fails (the network, the disk).
     """
     for record in _records(file, reading):
         if reading.detokenizer and record.text:
@@ -55,8 +56,11 @@ def _records(file: InputFile, reading: Reading) -> Iterator[Record]:
             return
         raw = storage.open_read(file.uri)
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        yield Record(line=0, reason=f"cannot be opened: {error.strerror or type(error).__name__}")
-        return
+        # Not a matter of the file's content: a record of it would be kept where the file is back at the next run.
+        raise UserError(
+            storage.redacted(f"{file.uri} was listed but cannot be opened: {error.strerror or type(error).__name__}"),
+            "put it back, or give this user the right to read it on every node; then run the same command again",
+        ) from None
     with raw:
         reader = Reader(raw, file.uri)
         if file.format == "parquet":

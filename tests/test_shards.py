@@ -185,6 +185,16 @@ def test_a_failing_unit_leaves_no_record_and_no_scratch(
     assert [name for _, _, names in os.walk(tmp_path / "out") for name in names] == []
 
 
+def test_a_file_that_cannot_be_opened_commits_nothing(tmp_path: Path, tokenizer: Tokenizer, unit: Unit) -> None:
+    path = Path(unit.files[5].uri)
+    away = path.rename(tmp_path / "away.txt")
+    with pytest.raises(UserError, match=f"{path} was listed but cannot be opened"):
+        make_unit(unit, settings(tmp_path, tokenizer))
+    assert [name for _, _, names in os.walk(tmp_path / "out") for name in names] == []
+    away.rename(path)
+    assert make_unit(unit, settings(tmp_path, tokenizer))["documents"]["used"] == 60
+
+
 def test_documents_that_are_not_those_of_the_first_pass_are_refused(
     tmp_path: Path, tokenizer: Tokenizer, unit: Unit
 ) -> None:
