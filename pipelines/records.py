@@ -110,7 +110,7 @@ def records_before(file: InputFile) -> int:
             import pyarrow.parquet
 
             metadata = pyarrow.parquet.ParquetFile(raw).metadata
-            return sum(group.num_rows for group in _groups(metadata) if _middle(group) < file.begin)
+            return sum(group.num_rows for group in _groups(metadata) if _middle(group, file) < file.begin)
         left, lines = _first_line_at(raw, file.begin), 0
         raw.seek(0)
         while left > 0 and (chunk := raw.read(min(left, CHUNK))):
@@ -185,17 +185,21 @@ def _parquet(reader: io.RawIOBase, file: InputFile, column: str) -> Iterator[Rec
     broken = (pyarrow.ArrowException, OSError)
     try:
         source = io.BytesIO(b"".join(chunks(reader, file.compression))) if file.compression else reader
-        table = pyarrow.parquet.ParquetFile(source, page_checksum_verification=True)
+        # By default all of a row group's column is read at once, twice its size in memory.
+        table = pyarrow.parquet.ParquetFile(
+            source, page_checksum_verification=True, buffer_size=CHUNK, pre_buffer=False
+        )
+        groups = [(group.num_rows, _middle(group, file)) for group in _groups(table.metadata)]
     except (Damaged, *broken) as error:
         if not file.begin:  # a file is one record then, whatever the number of its parts
             yield Record(line=0, reason=f"not a Parquet file that can be read: {first_line(error)}")
         return
     known = column in table.schema_arrow.names
     row = 0
-    for group, described in enumerate(_groups(table.metadata)):
-        if _middle(described) < file.begin or (file.end is not None and _middle(described) >= file.end):
+    for group, (n_rows, middle) in enumerate(groups):
+        if middle < file.begin or (file.end is not None and middle >= file.end):
             continue
-        end = row + described.num_rows
+        end = row + n_rows
         reason = f"no column {column!r}"
         try:
             if known:
@@ -211,14 +215,24 @@ def _parquet(reader: io.RawIOBase, file: InputFile, column: str) -> Iterator[Rec
 
 
 def _groups(metadata: Any) -> list[Any]:
-    return [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    """The row groups as the footer has them.
+
+    Raises:
+        Damaged: they do not add up to the file's rows.
+    """
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    rows = [group.num_rows for group in groups]
+    if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
+        raise Damaged(f"damaged footer: row groups of {sum(rows)} rows in a file of {metadata.num_rows}")
+    return groups
 
 
-def _middle(group: Any) -> int:
-    """The byte of the file in the middle of a row group."""
+def _middle(group: Any, file: InputFile) -> int:
+    """The byte of the file in the middle of a row group; one in the file, whatever a damaged footer says."""
     columns = [group.column(index) for index in range(group.num_columns)]
     starts = [column.dictionary_page_offset or column.data_page_offset for column in columns]
-    return int(min(starts) + sum(column.total_compressed_size for column in columns) // 2)
+    middle = int(min(starts, default=0) + sum(column.total_compressed_size for column in columns) // 2)
+    return min(max(middle, 0), max(file.size, 1) - 1)
 
 
 def _cells(column: Any) -> list[Any]:

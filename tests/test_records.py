@@ -257,3 +257,43 @@ def test_a_damaged_parquet_file_is_reported_once(tmp_path: Path) -> None:
     (file,) = input_files([str(tmp_path / "x.parquet")])
     records = [record for part in parts_of(file, 5) for record in read_records(part, Reading())]
     assert [(record.line, record.reason[:14]) for record in records] == [(0, "not a Parquet ")]
+
+
+def test_a_parquet_footer_that_points_nowhere(tmp_path: Path) -> None:
+    """Its row group is in one of the parts, and is reported there."""
+    data = parquet(pa.table({"text": ["a", "b"]}), use_dictionary=False, compression="none")
+    damaged = data.replace(b"\x26\x08", b"\x26\x7f")  # data_page_offset, a zigzag number: -64 for 4
+    assert damaged != data
+    (tmp_path / "x.parquet").write_bytes(damaged)
+    (file,) = input_files([str(tmp_path / "x.parquet")])
+    for n_parts in (1, 5):
+        records = [record for part in parts_of(file, n_parts) for record in read_records(part, Reading())]
+        assert [(record.line, record.reason[:13]) for record in records] == [(1, "its row group"), (2, "its row group")]
+
+
+def test_a_parquet_footer_that_counts_other_rows(tmp_path: Path) -> None:
+    data = parquet(pa.table({"text": ["a"] * 50}))
+    damaged = data.replace(b"\x16\x64\x19", b"\x16\x66\x19")  # the file's num_rows, before the list of row groups
+    assert damaged != data
+    (only,) = read(tmp_path, "x.parquet", damaged)
+    assert "row groups of 50 rows in a file of 51" in only.reason
+
+
+def test_parquet_without_any_column(tmp_path: Path) -> None:
+    data = parquet(pa.table({"n": [1, 2]}).select([]))  # Arrow writes a row group of no rows
+    assert read(tmp_path, "x.parquet", data) == []
+
+
+def test_a_large_row_group_is_read_a_piece_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"{number} {'long ' * 2000}" for number in range(1000)]
+    options = {"use_dictionary": False, "compression": "none", "write_batch_size": 10}  # pages of 1 MB
+    (tmp_path / "x.parquet").write_bytes(parquet(pa.table({"text": texts}), **options))
+    (file,) = input_files([str(tmp_path / "x.parquet")])
+    sizes: list[int] = []
+    readinto = byte_stream.Reader.readinto
+    monkeypatch.setattr(
+        byte_stream.Reader, "readinto", lambda self, buffer: sizes.append(len(buffer)) or readinto(self, buffer)
+    )
+    assert [record.text for record in read_records(file, Reading())] == texts
+    assert file.size > 10_000_000
+    assert max(sizes) < 4 * byte_stream.CHUNK
