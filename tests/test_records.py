@@ -4,6 +4,7 @@ import gzip
 import io
 import itertools
 import json
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -94,8 +95,6 @@ def test_lines_longer_than_a_chunk(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
 def test_torn_archives_give_what_is_whole_and_one_report(tmp_path: Path, ending: str) -> None:
-    import random
-
     generator = random.Random(0)
     texts = ["".join(generator.choices("abcdefghij ", k=2000)) for _ in range(2000)]
     data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
@@ -113,6 +112,20 @@ def test_torn_archives_give_what_is_whole_and_one_report(tmp_path: Path, ending:
     assert only.reason.startswith("damaged archive")
     (only,) = read(tmp_path, f"x.txt{ending}", b"not an archive at all")
     assert only.reason.startswith("damaged archive")
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_a_short_torn_archive_gives_what_is_whole(tmp_path: Path, ending: str) -> None:
+    """Of a text smaller than what is read at once."""
+    generator = random.Random(0)
+    texts = ["".join(generator.choices("abcdefghij ", k=1000)) for _ in range(800)]
+    data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    assert len(data) < byte_stream.CHUNK
+    whole = COMPRESS[ending](data)
+    *records, last = read(tmp_path, f"x.jsonl{ending}", whole[: len(whole) * 3 // 4])
+    assert [record.text for record in records] == texts[: len(records)]
+    assert len(records) > 400
+    assert last.reason.startswith("damaged archive")
 
 
 def test_text_that_is_not_utf8(tmp_path: Path) -> None:
