@@ -68,7 +68,7 @@ def _records(file: InputFile, reading: Reading) -> Iterator[Record]:
         elif file.format == "jsonl":
             yield from _json_lines(_lines(reader, file), file.begin, reading.text_field)
         elif reading.document_separator:
-            separator = reading.document_separator.encode("utf-8")
+            separator = reading.document_separator.replace("\r\n", "\n").encode("utf-8")  # as the content is read
             yield from _separated(chunks(reader, file.compression), separator)
         else:
             yield _text_file(chunks(reader, file.compression))

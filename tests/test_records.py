@@ -227,6 +227,12 @@ def test_documents_between_separators(
     assert read(tmp_path, "y.md", f"a{separator}b{separator}".encode(), document_separator=separator)[-1].text == "b"
 
 
+def test_a_separator_with_carriage_returns(tmp_path: Path) -> None:
+    data = b"one\r\n--\r\ntwo\n--\nthree"
+    records = read(tmp_path, "x.txt", data, document_separator="\r\n--\r\n")
+    assert records == [Record(line=1, text="one"), Record(line=3, text="two"), Record(line=5, text="three")]
+
+
 def test_one_bad_document_of_a_text_file(tmp_path: Path) -> None:
     records = read(tmp_path, "x.txt", b"good\n\nb\xffd\nis bad\n\nalso good\n\nnul \0\n", document_separator="\n\n")
     assert [(record.line, record.text, record.reason) for record in records] == [

@@ -245,6 +245,8 @@ if x:
         ("validation_fraction", float("nan")),
         ("max_quarantined", -0.1),
         ("max_quarantined", 1.1),
+        ("document_separator", "\udc80"),
+        ("text_field", "\udc80"),
         ("text_field", ""),
         ("detokenizer", "wiki"),
         ("formation", "pack"),
