@@ -55,7 +55,7 @@ class CorpusConfig:
     weights: tuple[float, ...] = ()
     """Shares of the sources in training, one for each source; (): as much of each as there is."""
     max_quarantined: float = 0.001
-    """Share of the records that may be unreadable before the stage stops."""
+    """Share of the records that may be unreadable; the stage stops early where it will clearly be more."""
     unit_bytes: int = 64_000_000
     """Input files are taken together to this many bytes, at most; each such unit of work makes one shard a split."""
     tokenizer_sample_bytes: int = 16_000_000

@@ -46,8 +46,8 @@ class Tally:
 
     @property
     def quarantine(self) -> Iterator[dict[str, Any]]:
-        """What cannot be read, in the order of the plan."""
-        return (entry for record in self._records for entry in record["quarantine"])
+        """What cannot be read, of the units so far, in the order of the plan."""
+        return (entry for record in self._records for entry in record.get("quarantine", ()))
 
     @property
     def shards(self) -> Iterator[dict[str, Any]]:
