@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from pipelines.errors import UserError
 
@@ -125,12 +125,16 @@ def find(uri: str) -> list[Entry]:
     """The files below the folder `uri` at any depth, `uri` itself where it is a file, sorted by name.
 
     Names that begin with a dot are left out, as a shell would. [] where nothing is there.
+
+    Raises:
+        OSError: a local folder cannot be listed.
+        UserError: the file system of `uri` cannot be used.
     """
     if is_local(uri):
         path = absolute(uri)
         if os.path.isfile(path):
             return _local_entries([path], os.path.dirname(path))
-        return _local_entries(sorted(_walk(path)), path)
+        return _local_entries(sorted(_walk(path)), path) if os.path.isdir(path) else []
     filesystem, path = _remote(uri)
     found = filesystem.find(path, detail=True)
     hidden = {name for name in found if name != path and _is_hidden(name.removeprefix(path))}
@@ -430,9 +434,13 @@ def _local_entries(paths: list[str], base: str) -> list[Entry]:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=_raise):  # by default it leaves out what it cannot list
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (os.path.join(parent, name) for name in names if not name.startswith("."))
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def _is_hidden(path: str) -> bool:
