@@ -86,20 +86,28 @@ def make_unit(unit: Unit, settings: UnitSettings) -> dict[str, Any]:
     record = _finished(key, settings.output_dir)
     if record is None:
         record = {"key": key, "source": unit.files[0].source, **_write_shards(unit, settings)}
-        storage.write_json(storage.join(settings.output_dir, record_path(key)), record)
+        kept = {"record": record, "sha256": _digest(record)}
+        storage.write_json(storage.join(settings.output_dir, record_path(key)), kept)
     return record
 
 
 def _finished(key: str, output_dir: str) -> dict[str, Any] | None:
-    """The record of a finished unit whose shards are there and intact."""
+    """The record of a finished unit, if it and the unit's shards are intact."""
     try:
-        record: dict[str, Any] = storage.read_json(storage.join(output_dir, record_path(key)))
+        kept = storage.read_json(storage.join(output_dir, record_path(key)))
+        record: dict[str, Any] = kept["record"]
+        if kept["sha256"] != _digest(record):
+            return None
         shards = [shard for split in SPLITS for shard in record["splits"][split]["shards"]]
         sums = [storage.sha256_file(storage.join(output_dir, shard["path"])) for shard in shards]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     intact = record.get("key") == key and sums == [shard["sha256"] for shard in shards]
     return record if intact else None
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return storage.sha256_bytes(json.dumps(record, sort_keys=True).encode("utf-8"))
 
 
 def _write_shards(unit: Unit, settings: UnitSettings) -> dict[str, Any]:

@@ -141,6 +141,8 @@ def test_finished_unit_is_taken_over_and_a_damaged_one_made_again(
         record.unlink,
         lambda: record.write_text(record.read_text()[:100]),
         lambda: record.write_text("[]"),
+        lambda: record.write_text(record.read_text().replace('"read": 62', '"read": 63')),
+        lambda: record.write_text(record.read_text().replace(first["splits"]["train"]["counts"], "x")),
         lambda: record.write_text(record.read_text().replace(first["key"], "0" * 64)),
     ):
         calls.clear()
