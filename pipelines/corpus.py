@@ -184,6 +184,23 @@ def _check(config: CorpusConfig, tally: "Tally", output_dir: str) -> None:
         tokens = tally.total(split, "tokens")
         if tokens < config.sequence_length:
             raise _too_little(config, split, tokens, documents["used"])
+    if config.weights:
+        _check_mixture(config, tally)
+
+
+def _check_mixture(config: CorpusConfig, tally: "Tally") -> None:
+    """Refuse a source that has a weight and nothing to draw."""
+    by_source = tally.tokens_by_source("train")
+    for number, source in enumerate(config.sources):
+        if by_source[number] < config.sequence_length:
+            raise UserError(
+                storage.redacted(
+                    f"the source {source} has a weight and {by_source[number]} tokens to train on, less than "
+                )
+                + f"one window of {config.sequence_length}",
+                f"give it more text, leave it out of {sources.SOURCES} and --corpus.weights, or take a shorter "
+                "--corpus.sequence-length",
+            )
 
 
 def _write_quarantine(tally: "Tally", output_dir: str) -> None:

@@ -69,6 +69,13 @@ class Tally:
             counts[record["source"]] += len(record["splits"][split]["shards"])
         return counts
 
+    def tokens_by_source(self, split: str) -> Counter[int]:
+        """Tokens of each source, by its number."""
+        counts: Counter[int] = Counter()
+        for record in self._records:
+            counts[record["source"]] += record["splits"][split]["tokens"]
+        return counts
+
     def unigram_nats_per_token(self) -> float:
         """Cross-entropy of the training split's token counts, one added to each, on the validation split; nats."""
         train, validation = (self._counts[split] for split in SPLITS)

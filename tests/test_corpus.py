@@ -338,6 +338,15 @@ def test_quarantine_is_written_and_counted(tmp_path: Path, source: str, in_proce
     assert (tmp_path / "strict" / "quarantine.jsonl").read_text().count("\n") == 2
 
 
+def test_a_weight_of_a_source_shorter_than_one_window_is_refused(tmp_path: Path, source: str, in_process: None) -> None:
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"text": "a few words"}\n')
+    config = small(source, sources=(f"{source}/[0-8].jsonl", str(short)), validation_sources=(f"{source}/9.jsonl",))
+    assert corpus.run(config, {}, str(tmp_path / "all"))["documents"]["used"] == 201
+    with pytest.raises(UserError, match=r"source .*short\.jsonl has a weight and \d+ tokens .* one window of 32"):
+        corpus.run(replace(config, weights=(1.0, 1.0)), {}, str(tmp_path / "mixed"))
+
+
 @pytest.mark.parametrize(("max_quarantined", "stops_early"), [(0.1, True), (0.45, False)])
 def test_a_corpus_that_can_only_fail_stops_early(
     tmp_path: Path,
