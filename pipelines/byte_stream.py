@@ -3,7 +3,7 @@
 import gzip
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from pipelines import storage
@@ -11,6 +11,7 @@ from pipelines.errors import UserError
 
 CHUNK = 1 << 20
 """Bytes read at once."""
+_ZSTD_CHUNK = 1 << 14  # decompressed; where the archive breaks off, so much of what is whole may be lost
 
 
 class Damaged(Exception):
@@ -51,16 +52,18 @@ class Reader(io.RawIOBase):
 
 def chunks(reader: io.RawIOBase, compression: str) -> Iterator[bytes]:
     """The decompressed content a piece at a time."""
-    stream: Any = reader
+    read: Callable[[int], bytes | None] = reader.read
+    size = CHUNK
     if compression == "gz":
-        stream = gzip.GzipFile(fileobj=reader)
+        read = gzip.GzipFile(fileobj=reader).read1  # `read` loses what it has where the archive breaks off
     elif compression == "zst":
         import pyarrow
 
-        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(reader, mode="r"), "zstd")
+        read = pyarrow.CompressedInputStream(pyarrow.PythonFile(reader, mode="r"), "zstd").read
+        size = min(CHUNK, _ZSTD_CHUNK)
     while True:
         try:
-            chunk = stream.read(CHUNK)
+            chunk = read(size)
         except (EOFError, OSError, zlib.error) as error:
             raise Damaged(f"damaged archive: {first_line(error)}") from None
         if not chunk:

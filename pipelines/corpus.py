@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pipelines.shards import UnitSettings
 
 QUARANTINE = "quarantine.jsonl"
+_FEWEST_QUARANTINED = 1000  # before the stage stops early
 
 
 def fingerprint(config: CorpusConfig) -> list[dict[str, Any]]:
@@ -100,7 +101,7 @@ def run(
         row_length=config.sequence_length if FORMATIONS[config.formation].padded else None,
     )
     tally = Tally(len(units))
-    _make_units(units, settings, tally, progress)
+    _make_units(config, units, settings, tally, progress)
     _check(config, tally, output_dir)
     _remove_leftovers(tally, output_dir)
     body = {"identity": identity, **summary(config, tokenizer, tally, output_dir)}
@@ -123,8 +124,14 @@ def _without_duplicates(
     return without_duplicates(units, output_dir, paths)
 
 
-def _make_units(units: Sequence[sources.Unit], settings: "UnitSettings", tally: "Tally", progress: Progress) -> None:
-    """Make the units, in any order; says how far it is as they come in."""
+def _make_units(
+    config: CorpusConfig,
+    units: Sequence[sources.Unit],
+    settings: "UnitSettings",
+    tally: "Tally",
+    progress: Progress,
+) -> None:
+    """Make the units, in any order; says how far it is as they come in, and stops where it can only fail."""
     from pipelines.shards import make_unit
 
     total, done, since = _megabytes(units), 0.0, time.monotonic()
@@ -136,6 +143,10 @@ def _make_units(units: Sequence[sources.Unit], settings: "UnitSettings", tally: 
         if tally.documents["quarantined"]:
             note += f", {tally.documents['quarantined']:,} quarantined"
         progress.update(done, total, "MB", note)
+        expected = tally.documents["read"] * total / max(done, 1e-9)  # records, should they stay as long as they are
+        if tally.documents["quarantined"] > max(_FEWEST_QUARANTINED, 2 * config.max_quarantined * expected):
+            _write_quarantine(tally, settings.output_dir)
+            raise _too_many_quarantined(config, tally, settings.output_dir)
 
 
 def _megabytes(units: Iterable[sources.Unit]) -> float:
@@ -157,8 +168,7 @@ def _check(config: CorpusConfig, tally: "Tally", output_dir: str) -> None:
 
     documents = tally.documents
     assert documents["read"] == sum(documents[kind] for kind in documents if kind != "read"), documents
-    lines = [json.dumps(entry, sort_keys=True) + "\n" for entry in tally.quarantine]
-    storage.write_text(storage.join(output_dir, QUARANTINE), "".join(lines))
+    _write_quarantine(tally, output_dir)
     if documents["quarantined"] > config.max_quarantined * documents["read"]:
         raise _too_many_quarantined(config, tally, output_dir)
     if not documents["used"]:
@@ -174,6 +184,28 @@ def _check(config: CorpusConfig, tally: "Tally", output_dir: str) -> None:
         tokens = tally.total(split, "tokens")
         if tokens < config.sequence_length:
             raise _too_little(config, split, tokens, documents["used"])
+    if config.weights:
+        _check_mixture(config, tally)
+
+
+def _check_mixture(config: CorpusConfig, tally: "Tally") -> None:
+    """Refuse a source that has a weight and nothing to draw."""
+    by_source = tally.tokens_by_source("train")
+    for number, source in enumerate(config.sources):
+        if by_source[number] < config.sequence_length:
+            raise UserError(
+                storage.redacted(
+                    f"the source {source} has a weight and {by_source[number]} tokens to train on, less than "
+                )
+                + f"one window of {config.sequence_length}",
+                f"give it more text, leave it out of {sources.SOURCES} and --corpus.weights, or take a shorter "
+                "--corpus.sequence-length",
+            )
+
+
+def _write_quarantine(tally: "Tally", output_dir: str) -> None:
+    lines = [json.dumps(entry, sort_keys=True) + "\n" for entry in tally.quarantine]
+    storage.write_text(storage.join(output_dir, QUARANTINE), "".join(lines))
 
 
 def _too_many_quarantined(config: CorpusConfig, tally: "Tally", output_dir: str) -> UserError:

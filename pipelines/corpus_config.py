@@ -14,7 +14,7 @@ class Reading:
     text_field: str = "text"
     """Field of .jsonl and column of .parquet that holds the document."""
     document_separator: str = ""
-    """What stands between two documents of a .txt or .md file; "": the file is one document."""
+    """What stands between two documents of a .txt or .md file, CRLF the same as LF; "": the file is one document."""
     detokenizer: str = ""
     """The rules that undo a benchmark's spacing, by its name."""
 
@@ -55,7 +55,7 @@ class CorpusConfig:
     weights: tuple[float, ...] = ()
     """Shares of the sources in training, one for each source; (): as much of each as there is."""
     max_quarantined: float = 0.001
-    """Share of the records that may be unreadable before the stage stops."""
+    """Share of the records that may be unreadable; the stage stops early where it will clearly be more."""
     unit_bytes: int = 64_000_000
     """Input files are taken together to this many bytes, at most; each such unit of work makes one shard a split."""
     tokenizer_sample_bytes: int = 16_000_000
@@ -76,6 +76,9 @@ class CorpusConfig:
             raise ValueError(f"max_quarantined must be between 0 and 1, not {self.max_quarantined}")
         if not self.text_field:
             raise ValueError("text_field must name a field, not ''")
+        for name in ("text_field", "document_separator"):
+            if not _is_unicode(getattr(self, name)):
+                raise ValueError(f"{name} must be text that UTF-8 can encode, not {getattr(self, name)!r}")
         for name, known in (("detokenizer", detokenizers.NAMES), ("formation", tuple(FORMATIONS))):
             if getattr(self, name) not in known:
                 choices = ", ".join(choice or "''" for choice in known)
@@ -105,3 +108,8 @@ class CorpusConfig:
             raise ValueError(f"weights must be more than 0 and finite, not {self.weights}")
         if min(self.weights) < sum(self.weights) / 1000:
             raise ValueError(f"weights must be at least a thousandth of their sum, not {self.weights}")
+
+
+def _is_unicode(text: str) -> bool:
+    """False where `text` has half of a surrogate pair, as a byte of the command line that is not UTF-8 becomes."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

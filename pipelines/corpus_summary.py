@@ -46,8 +46,8 @@ class Tally:
 
     @property
     def quarantine(self) -> Iterator[dict[str, Any]]:
-        """What cannot be read, in the order of the plan."""
-        return (entry for record in self._records for entry in record["quarantine"])
+        """What cannot be read, of the units so far, in the order of the plan."""
+        return (entry for record in self._records for entry in record.get("quarantine", ()))
 
     @property
     def shards(self) -> Iterator[dict[str, Any]]:
@@ -67,6 +67,13 @@ class Tally:
         counts: Counter[int] = Counter()
         for record in self._records:
             counts[record["source"]] += len(record["splits"][split]["shards"])
+        return counts
+
+    def tokens_by_source(self, split: str) -> Counter[int]:
+        """Tokens of each source, by its number."""
+        counts: Counter[int] = Counter()
+        for record in self._records:
+            counts[record["source"]] += record["splits"][split]["tokens"]
         return counts
 
     def unigram_nats_per_token(self) -> float:

@@ -28,7 +28,11 @@ def hash_unit(unit: Unit, output_dir: str, reading: Reading) -> dict[str, Any]:
     Returns:
         {"path": the file, relative to `output_dir`}: a .npy of (documents, 2) uint64.
     """
-    identity = {"files": [file.identity for file in unit.files], "reading": asdict(reading)}
+    identity = {
+        "files": [file.identity for file in unit.files],
+        "reading": asdict(reading),
+        "validation_fraction": unit.validation_fraction,  # a file of either list of sources may be named alike
+    }
     path = f"{FOLDER}/{storage.sha256_bytes(json.dumps(identity, sort_keys=True).encode())[:32]}.npy"
     uri = storage.join(output_dir, path)
     if not storage.exists(uri):
@@ -40,7 +44,7 @@ def hash_unit(unit: Unit, output_dir: str, reading: Reading) -> dict[str, Any]:
 
 
 def without_duplicates(units: Sequence[Unit], output_dir: str, paths: Sequence[str]) -> list[Unit]:
-    """The units with the numbers of the documents to leave out.
+    """The units with the numbers of the documents to leave out, and with how many documents were hashed.
 
     Of equal texts the first one in the order of the plan stays, a held-out one before one that is trained on.
 
@@ -54,9 +58,12 @@ def without_duplicates(units: Sequence[Unit], output_dir: str, paths: Sequence[s
     repeated = later_copies([hashes[index] for index in order])
     dropped = dict(zip(order, repeated, strict=True))
     return [
-        replace(unit, dropped=packed_counts(dropped[index])) if len(dropped[index]) else unit
-        for index, unit in enumerate(units)
+        replace(unit, dropped=_packed(dropped[index]), n_hashed=len(hashes[index])) for index, unit in enumerate(units)
     ]
+
+
+def _packed(places: np.ndarray) -> str:
+    return packed_counts(places) if len(places) else ""
 
 
 def later_copies(hashes: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -10,6 +10,7 @@ from pipelines import python_docs, storage
 from pipelines.byte_stream import CHUNK, Damaged, Reader, chunks, first_line, split, unix_lines
 from pipelines.corpus_config import Reading
 from pipelines.detokenizers import detokenized
+from pipelines.errors import UserError
 from pipelines.sources import PYTHON_DOCS, InputFile
 
 _PARQUET_ROWS = 256  # decoded at once
@@ -40,7 +41,7 @@ def read_records(file: InputFile, reading: Reading) -> Iterator[Record]:
     given and one more for the rest.
 
     Raises:
-        UserError: the file is there, but reading it fails (the network, the disk).
+        UserError: the file cannot be opened, or reading it fails (the network, the disk).
     """
     for record in _records(file, reading):
         if reading.detokenizer and record.text:
@@ -55,8 +56,11 @@ def _records(file: InputFile, reading: Reading) -> Iterator[Record]:
             return
         raw = storage.open_read(file.uri)
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        yield Record(line=0, reason=f"cannot be opened: {error.strerror or type(error).__name__}")
-        return
+        # Not a matter of the file's content: a record of it would be kept where the file is back at the next run.
+        raise UserError(
+            storage.redacted(f"{file.uri} was listed but cannot be opened: {error.strerror or type(error).__name__}"),
+            "put it back, or give this user the right to read it on every node; then run the same command again",
+        ) from None
     with raw:
         reader = Reader(raw, file.uri)
         if file.format == "parquet":
@@ -64,7 +68,7 @@ def _records(file: InputFile, reading: Reading) -> Iterator[Record]:
         elif file.format == "jsonl":
             yield from _json_lines(_lines(reader, file), file.begin, reading.text_field)
         elif reading.document_separator:
-            separator = reading.document_separator.encode("utf-8")
+            separator = reading.document_separator.replace("\r\n", "\n").encode("utf-8")  # as the content is read
             yield from _separated(chunks(reader, file.compression), separator)
         else:
             yield _text_file(chunks(reader, file.compression))
@@ -106,7 +110,7 @@ def records_before(file: InputFile) -> int:
             import pyarrow.parquet
 
             metadata = pyarrow.parquet.ParquetFile(raw).metadata
-            return sum(group.num_rows for group in _groups(metadata) if _middle(group) < file.begin)
+            return sum(group.num_rows for group in _groups(metadata) if _middle(group, file) < file.begin)
         left, lines = _first_line_at(raw, file.begin), 0
         raw.seek(0)
         while left > 0 and (chunk := raw.read(min(left, CHUNK))):
@@ -181,17 +185,21 @@ def _parquet(reader: io.RawIOBase, file: InputFile, column: str) -> Iterator[Rec
     broken = (pyarrow.ArrowException, OSError)
     try:
         source = io.BytesIO(b"".join(chunks(reader, file.compression))) if file.compression else reader
-        table = pyarrow.parquet.ParquetFile(source, page_checksum_verification=True)
+        # By default all of a row group's column is read at once, twice its size in memory.
+        table = pyarrow.parquet.ParquetFile(
+            source, page_checksum_verification=True, buffer_size=CHUNK, pre_buffer=False
+        )
+        groups = [(group.num_rows, _middle(group, file)) for group in _groups(table.metadata)]
     except (Damaged, *broken) as error:
         if not file.begin:  # a file is one record then, whatever the number of its parts
             yield Record(line=0, reason=f"not a Parquet file that can be read: {first_line(error)}")
         return
     known = column in table.schema_arrow.names
     row = 0
-    for group, described in enumerate(_groups(table.metadata)):
-        if _middle(described) < file.begin or (file.end is not None and _middle(described) >= file.end):
+    for group, (n_rows, middle) in enumerate(groups):
+        if middle < file.begin or (file.end is not None and middle >= file.end):
             continue
-        end = row + described.num_rows
+        end = row + n_rows
         reason = f"no column {column!r}"
         try:
             if known:
@@ -207,14 +215,24 @@ def _parquet(reader: io.RawIOBase, file: InputFile, column: str) -> Iterator[Rec
 
 
 def _groups(metadata: Any) -> list[Any]:
-    return [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    """The row groups as the footer has them.
+
+    Raises:
+        Damaged: they do not add up to the file's rows.
+    """
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    rows = [group.num_rows for group in groups]
+    if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
+        raise Damaged(f"damaged footer: row groups of {sum(rows)} rows in a file of {metadata.num_rows}")
+    return groups
 
 
-def _middle(group: Any) -> int:
-    """The byte of the file in the middle of a row group."""
+def _middle(group: Any, file: InputFile) -> int:
+    """The byte of the file in the middle of a row group; one in the file, whatever a damaged footer says."""
     columns = [group.column(index) for index in range(group.num_columns)]
     starts = [column.dictionary_page_offset or column.data_page_offset for column in columns]
-    return int(min(starts) + sum(column.total_compressed_size for column in columns) // 2)
+    middle = int(min(starts, default=0) + sum(column.total_compressed_size for column in columns) // 2)
+    return min(max(middle, 0), max(file.size, 1) - 1)
 
 
 def _cells(column: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from pipelines.manifest import mismatch
 
 DEFAULT_BYTES = 200_000_000_000
 _ENDING = ".npy"
+_ABANDONED = 86_400.0  # seconds after which a download that nobody wrote to is a killed process's
 
 
 class ShardCache:
@@ -32,15 +34,15 @@ class ShardCache:
         Args:
             uri: where the shard is.
             sha256: what its content must have; it is read through for that.
-            n_bytes: about its size.
-            checked: this process has seen it before and need not read it through again.
+            n_bytes: what it has at least.
+            checked: this process has seen it before and need not read it through again; its size still counts.
 
         Raises:
             UserError: the shard is missing or does not match; names it.
         """
         while True:
-            path = self._path(uri, sha256, n_bytes, checked)
-            with contextlib.suppress(FileNotFoundError):  # another process made room between the two
+            with contextlib.suppress(FileNotFoundError):  # another process made room meanwhile
+                path = self._path(uri, sha256, n_bytes, checked)
                 return np.load(path, mmap_mode="r", allow_pickle=False)
 
     def _path(self, uri: str, sha256: str, n_bytes: int, checked: bool) -> Path:
@@ -48,16 +50,16 @@ class ShardCache:
             path = Path(storage.absolute(uri))
             if not path.is_file():
                 raise mismatch(uri, "is missing")
-            if not checked and storage.sha256_file(str(path)) != sha256:
+            if not _intact(path, sha256, n_bytes, checked):
                 raise _changed(uri)
             return path
         target = self._folder / (sha256[:40] + _ENDING)
         self._folder.mkdir(parents=True, exist_ok=True)
         with self._lock(target):
-            if not target.is_file() or (not checked and storage.sha256_file(str(target)) != sha256):
+            if not target.is_file() or not _intact(target, sha256, n_bytes, checked):
                 self._make_room(n_bytes, target)
                 self._fetch(uri, sha256, target)
-            target.touch()
+            os.utime(target)  # not touch, which would make an empty file of one that is gone
         return target
 
     def _fetch(self, uri: str, sha256: str, target: Path) -> None:
@@ -73,7 +75,11 @@ class ShardCache:
     def _make_room(self, n_bytes: int, target: Path) -> None:
         """Remove shards, the longest unused first, until `n_bytes` more fit; the old `target` is in the way anyway."""
         target.unlink(missing_ok=True)
-        found = [(path, path.stat()) for path in self._folder.glob("*" + _ENDING)]
+        storage.remove_unfinished(str(self._folder), older_than=_ABANDONED)
+        found = []
+        for path in self._folder.glob("*" + _ENDING):
+            with contextlib.suppress(FileNotFoundError):  # another process makes room too
+                found.append((path, path.stat()))
         held = sum(stat.st_size for _, stat in found)
         for path, stat in sorted(found, key=lambda one: one[1].st_mtime_ns):
             if held + n_bytes <= self._max_bytes:
@@ -87,6 +93,10 @@ class ShardCache:
         with open(target.with_suffix(".lock"), "wb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _intact(path: Path, sha256: str, n_bytes: int, checked: bool) -> bool:
+    return path.stat().st_size >= n_bytes and (checked or storage.sha256_file(str(path)) == sha256)
 
 
 def _changed(uri: str) -> UserError:

@@ -16,6 +16,8 @@ from armd.tokenizer import Tokenizer
 from pipelines import storage
 from pipelines.corpus_config import Reading
 from pipelines.documents import Documents
+from pipelines.duplicates import FOLDER as HASHES
+from pipelines.errors import UserError
 from pipelines.formation import FORMATIONS, row, specials
 from pipelines.shard_file import SHARDS, ShardFile, unpacked_counts
 from pipelines.sources import Unit
@@ -52,7 +54,7 @@ def unit_key(unit: Unit, settings: UnitSettings) -> str:
     identity = {
         "version": _VERSION,
         "files": [file.identity for file in unit.files],
-        "dropped": unit.dropped,
+        "dropped": [unit.dropped, unit.n_hashed],
         "tokenizer": storage.sha256_bytes(settings.tokenizer_json.encode("utf-8")),
         "reading": asdict(settings.reading),
         "formation": [settings.formation, FORMATIONS[settings.formation].version, settings.row_length],
@@ -77,26 +79,35 @@ def make_unit(unit: Unit, settings: UnitSettings) -> dict[str, Any]:
         `samples` has [hash, first token, tokens] of the documents with the smallest hashes.
 
     Raises:
-        UserError: an input file cannot be read for reasons that are not its own, or a shard cannot be written.
+        UserError: an input file cannot be read for reasons that are not its own, or has other documents than when
+            duplicates were looked for, or a shard cannot be written.
     """
     key = unit_key(unit, settings)
     record = _finished(key, settings.output_dir)
     if record is None:
         record = {"key": key, "source": unit.files[0].source, **_write_shards(unit, settings)}
-        storage.write_json(storage.join(settings.output_dir, record_path(key)), record)
+        kept = {"record": record, "sha256": _digest(record)}
+        storage.write_json(storage.join(settings.output_dir, record_path(key)), kept)
     return record
 
 
 def _finished(key: str, output_dir: str) -> dict[str, Any] | None:
-    """The record of a finished unit whose shards are there and intact."""
+    """The record of a finished unit, if it and the unit's shards are intact."""
     try:
-        record: dict[str, Any] = storage.read_json(storage.join(output_dir, record_path(key)))
+        kept = storage.read_json(storage.join(output_dir, record_path(key)))
+        record: dict[str, Any] = kept["record"]
+        if kept["sha256"] != _digest(record):
+            return None
         shards = [shard for split in SPLITS for shard in record["splits"][split]["shards"]]
         sums = [storage.sha256_file(storage.join(output_dir, shard["path"])) for shard in shards]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     intact = record.get("key") == key and sums == [shard["sha256"] for shard in shards]
     return record if intact else None
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return storage.sha256_bytes(json.dumps(record, sort_keys=True).encode("utf-8"))
 
 
 def _write_shards(unit: Unit, settings: UnitSettings) -> dict[str, Any]:
@@ -114,11 +125,25 @@ def _write_shards(unit: Unit, settings: UnitSettings) -> dict[str, Any]:
                 digest = hashlib.sha256(data)
                 shard = validation_shard if _held_out(digest, unit.validation_fraction) else train_shard
                 shard.append(ends.around(parts), len(data), digest.hexdigest()[:16])
+        _check_count(unit, documents, settings.output_dir)
         splits = {
             "train": train_shard.finish(settings.output_dir, "train"),
             "validation": validation_shard.finish(settings.output_dir, "validation"),
         }
     return {"documents": documents.counts, "quarantine": documents.quarantine, "splits": splits}
+
+
+def _check_count(unit: Unit, documents: Documents, output_dir: str) -> None:
+    """The numbers of the documents to leave out are those of the first pass: both must have seen the same ones."""
+    found = documents.counts["used"] + documents.counts["duplicate"]
+    if unit.n_hashed not in (None, found):
+        raise UserError(
+            storage.redacted(
+                f"{unit.files[0].uri} to {unit.files[-1].uri} had {unit.n_hashed} documents when duplicates were "
+                f"looked for, and {found} when they were read again"
+            ),
+            storage.redacted(f"remove {storage.join(output_dir, HASHES)} and run again while no file changes"),
+        )
 
 
 class _Ends:

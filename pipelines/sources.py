@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -69,6 +70,8 @@ class Unit:
     """Share of their documents that are held out: 0 or 1 where the held-out documents have sources of their own."""
     dropped: str = ""
     """Which of its documents are left out, by their number among those with text, as `packed_counts` packs them."""
+    n_hashed: int | None = None
+    """How many documents with text there were when duplicates were looked for; None: they were not."""
 
 
 def input_files(sources: Iterable[str], option: str = SOURCES) -> list[InputFile]:
@@ -93,18 +96,23 @@ def input_files(sources: Iterable[str], option: str = SOURCES) -> list[InputFile
 
 
 def check_apart(training: Iterable[InputFile], held_out: Iterable[InputFile]) -> None:
-    """Refuse a file that is in both.
+    """Refuse a file that is in both, under whatever names on this machine.
 
     Raises:
         UserError: naming the first such file.
     """
-    trained_on = {file.uri for file in training}
+    trained_on = {_place(file) for file in training}
     for file in held_out:
-        if file.uri in trained_on:
+        if _place(file) in trained_on:
             raise UserError(
                 storage.redacted(f"{file.uri} is in {SOURCES} and in {VALIDATION_SOURCES}: trained on and held out"),
                 "name each file in one of them; a pattern such as 'texts/train-*.txt' leaves files out",
             )
+
+
+def _place(file: InputFile) -> str:
+    """Where the file is, symbolic links followed."""
+    return os.path.realpath(file.uri) if storage.is_local(file.uri) else file.uri
 
 
 def fingerprint(sources: Iterable[str], option: str = SOURCES) -> list[dict[str, Any]]:

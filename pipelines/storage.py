@@ -13,10 +13,11 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from pipelines.errors import UserError
 
@@ -124,12 +125,16 @@ def find(uri: str) -> list[Entry]:
     """The files below the folder `uri` at any depth, `uri` itself where it is a file, sorted by name.
 
     Names that begin with a dot are left out, as a shell would. [] where nothing is there.
+
+    Raises:
+        OSError: a local folder cannot be listed.
+        UserError: the file system of `uri` cannot be used.
     """
     if is_local(uri):
         path = absolute(uri)
         if os.path.isfile(path):
             return _local_entries([path], os.path.dirname(path))
-        return _local_entries(sorted(_walk(path)), path)
+        return _local_entries(sorted(_walk(path)), path) if os.path.isdir(path) else []
     filesystem, path = _remote(uri)
     found = filesystem.find(path, detail=True)
     hidden = {name for name in found if name != path and _is_hidden(name.removeprefix(path))}
@@ -277,12 +282,19 @@ def scratch_file(folder: str) -> Iterator[str]:
         Path(path).unlink(missing_ok=True)
 
 
-def remove_unfinished(folder: str) -> None:
-    """Remove what killed processes left half-written in `folder`; for when nobody else is writing there."""
+def remove_unfinished(folder: str, older_than: float = 0.0) -> None:
+    """Remove what killed processes left half-written in `folder`.
+
+    Args:
+        folder: where; nothing happens on an object store.
+        older_than: seconds since the last write; at 0 nobody else may be writing there.
+    """
     if is_local(folder) and os.path.isdir(absolute(folder)):
         for name in os.listdir(absolute(folder)):
-            if _TEMPORARY.match(name):
-                Path(absolute(folder), name).unlink(missing_ok=True)
+            path = Path(absolute(folder), name)
+            with contextlib.suppress(FileNotFoundError):
+                if _TEMPORARY.match(name) and (not older_than or time.time() - path.stat().st_mtime > older_than):
+                    path.unlink()
 
 
 def fetch_file(uri: str, cache_dir: str) -> str:
@@ -422,9 +434,13 @@ def _local_entries(paths: list[str], base: str) -> list[Entry]:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=_raise):  # by default it leaves out what it cannot list
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (os.path.join(parent, name) for name in names if not name.startswith("."))
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def _is_hidden(path: str) -> bool:

@@ -32,7 +32,7 @@ from pipelines.metrics import FILE, MetricsLog, read_metrics
 from pipelines.saving import Saver, agree
 from pipelines.shard_cache import ShardCache
 from pipelines.train_config import TrainConfig
-from pipelines.windows import WindowIndex
+from pipelines.windows import WindowIndex, corpus_sha256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class Worker:
         self.device = _device(job)
         self.dtype = _dtype(self.config, self.device)
         self.saver = Saver(job.output, agree(secrets.token_hex(4), self.device), self.device)
-        self.corpus_sha = storage.sha256_file(storage.join(job.corpus, "manifest.json"))
+        self.corpus_sha = corpus_sha256(job.corpus)
         cache = ShardCache(max_bytes=self.config.cache_bytes)
         train_windows = WindowIndex(job.corpus, "train", cache)
         self.validation = WindowIndex(job.corpus, "validation", cache)
@@ -184,7 +184,7 @@ class Worker:
             "config": asdict(self.config),
             "parameters": self.parameters,
             "sequence_length": self.length,
-            "data": {**self.batches.position(self.step), "manifest_sha": self.corpus_sha},
+            "data": {**self.batches.position(self.step), "corpus_sha": self.corpus_sha},
             "validation": validation,
         }
         self.saver.save(self.engine, self.ema, about, self.config.keep_checkpoints)
@@ -196,7 +196,7 @@ class Worker:
             return 0
         path, manifest = found
         anew = "remove the training stage's directory and run the same command again"
-        if manifest["data"]["manifest_sha"] != self.corpus_sha:
+        if manifest["data"].get("corpus_sha") != self.corpus_sha:
             raise UserError(f"checkpoint {path} was trained on another corpus than {self.job.corpus}", anew)
         if manifest["dtype"] != self.dtype:
             raise UserError(

@@ -6,6 +6,7 @@ Needs numpy only; no torch, no ray. N is the corpus's sequence length.
 import bisect
 import hashlib
 import itertools
+import json
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from pipelines.shard_cache import ShardCache
 _ROUNDS = 8
 _MASK_64 = (1 << 64) - 1
 _OPEN_SHARDS = 256  # mapped at once: each takes a file descriptor, of which a process has about a thousand
+_CONTENT = ("splits", "formation", "sequence_length", "dtype", "tokenizer_sha256")  # of the manifest
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,17 @@ class Part:
     """Its windows."""
     first_shard: int
     """The first of its shards."""
+
+
+def corpus_sha256(corpus_dir: str) -> str:
+    """Of what the windows of a finished corpus depend on: the same where the corpus is made again as it was.
+
+    Raises:
+        UserError: the corpus is not finished.
+    """
+    manifest = read_manifest(corpus_dir)
+    content = {name: manifest.get(name) for name in _CONTENT}
+    return storage.sha256_bytes(json.dumps(content, sort_keys=True).encode("utf-8"))
 
 
 class WindowIndex:
@@ -67,7 +80,7 @@ class WindowIndex:
         self._cache = cache or ShardCache()
         self._around = _around(manifest)
         self._body = self.sequence_length - len(self._around)
-        self._item_bytes = np.dtype(manifest.get("dtype", "uint32")).itemsize
+        self._item_bytes = np.dtype(manifest.get("dtype", "uint16")).itemsize
         self._shards: list[dict[str, Any]] = splits[split]["shards"]
         self._starts = list(itertools.accumulate((shard["tokens"] for shard in self._shards), initial=0))
         self._arrays: OrderedDict[int, np.ndarray] = OrderedDict()

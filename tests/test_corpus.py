@@ -338,6 +338,38 @@ def test_quarantine_is_written_and_counted(tmp_path: Path, source: str, in_proce
     assert (tmp_path / "strict" / "quarantine.jsonl").read_text().count("\n") == 2
 
 
+def test_a_weight_of_a_source_shorter_than_one_window_is_refused(tmp_path: Path, source: str, in_process: None) -> None:
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"text": "a few words"}\n')
+    config = small(source, sources=(f"{source}/[0-8].jsonl", str(short)), validation_sources=(f"{source}/9.jsonl",))
+    assert corpus.run(config, {}, str(tmp_path / "all"))["documents"]["used"] == 201
+    with pytest.raises(UserError, match=r"source .*short\.jsonl has a weight and \d+ tokens .* one window of 32"):
+        corpus.run(replace(config, weights=(1.0, 1.0)), {}, str(tmp_path / "mixed"))
+
+
+@pytest.mark.parametrize(("max_quarantined", "stops_early"), [(0.1, True), (0.45, False)])
+def test_a_corpus_that_can_only_fail_stops_early(
+    tmp_path: Path,
+    source: str,
+    in_process: None,
+    monkeypatch: pytest.MonkeyPatch,
+    max_quarantined: float,
+    stops_early: bool,
+) -> None:
+    """Half of the records are bad: five times a tenth, but not twice 0.45."""
+    monkeypatch.setattr(corpus, "_FEWEST_QUARANTINED", 20)
+    for path in Path(source).iterdir():
+        path.write_text(path.read_text() + '{"text": 1}\n' * 20)
+    config = small(source, max_quarantined=max_quarantined, unit_bytes=1, validation_sources=(f"{source}/9.jsonl",))
+    config = replace(config, sources=(f"{source}/[0-8].jsonl",))
+    done = Recorder()
+    with pytest.raises(UserError, match=r"of \d+ records cannot be read, more than max_quarantined"):
+        corpus.run(config, {}, str(tmp_path / "out"), done)
+    share = done.calls[-1][0] / done.calls[-1][1]
+    assert (share < 0.5) is stops_early
+    assert (tmp_path / "out" / "quarantine.jsonl").read_text().count("\n") > 20
+
+
 def test_duplicates_are_dropped_by_choice_and_counted(tmp_path: Path, source: str, in_process: None) -> None:
     texts = documents_of(source)
     repeated = [texts[3], texts[150], "a new one", texts[3]]

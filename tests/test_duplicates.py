@@ -1,6 +1,7 @@
 """pipelines.duplicates: later copies against a plain dictionary, over units and splits."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.corpus_config import Reading
+from pipelines import corpus
+from pipelines.corpus_config import CorpusConfig, Reading
 from pipelines.duplicates import hash_unit, later_copies, without_duplicates
 from pipelines.shard_file import unpacked_counts
 from pipelines.sources import Unit, input_files, work_units
@@ -47,7 +49,7 @@ def test_documents_with_text_are_numbered_and_the_first_stays(tmp_path: Path) ->
     units = units_of(tmp_path, files)
     paths = [hash_unit(unit, str(tmp_path / "out"), Reading())["path"] for unit in units]
     assert dropped(without_duplicates(units, str(tmp_path / "out"), paths)) == [[2], [1, 2], []]
-    assert without_duplicates(units, str(tmp_path / "out"), paths)[2] == units[2]
+    assert without_duplicates(units, str(tmp_path / "out"), paths)[2] == replace(units[2], n_hashed=1)
 
 
 def test_what_is_held_out_stays_and_leaves_training(tmp_path: Path) -> None:
@@ -55,3 +57,15 @@ def test_what_is_held_out_stays_and_leaves_training(tmp_path: Path) -> None:
     units = [first, replace(second, validation_fraction=1.0)]
     paths = [hash_unit(unit, str(tmp_path / "out"), Reading())["path"] for unit in units]
     assert dropped(without_duplicates(units, str(tmp_path / "out"), paths)) == [[1], [1]]
+
+
+def test_files_of_both_lists_that_are_named_alike_are_two(tmp_path: Path) -> None:
+    for folder, texts in (("training", ["one", "two", "six"]), ("held-out", ["abc", "def", "ghi"])):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / "x.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        os.utime(path, ns=(5, 5))
+    config = CorpusConfig(sources=(str(tmp_path / "training"),), validation_sources=(str(tmp_path / "held-out"),))
+    units = corpus.work_units(config)
+    paths = [hash_unit(unit, str(tmp_path / "out"), Reading())["path"] for unit in units]
+    assert dropped(without_duplicates(units, str(tmp_path / "out"), paths)) == [[], []]

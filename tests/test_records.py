@@ -4,6 +4,7 @@ import gzip
 import io
 import itertools
 import json
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -94,8 +95,6 @@ def test_lines_longer_than_a_chunk(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
 def test_torn_archives_give_what_is_whole_and_one_report(tmp_path: Path, ending: str) -> None:
-    import random
-
     generator = random.Random(0)
     texts = ["".join(generator.choices("abcdefghij ", k=2000)) for _ in range(2000)]
     data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
@@ -113,6 +112,20 @@ def test_torn_archives_give_what_is_whole_and_one_report(tmp_path: Path, ending:
     assert only.reason.startswith("damaged archive")
     (only,) = read(tmp_path, f"x.txt{ending}", b"not an archive at all")
     assert only.reason.startswith("damaged archive")
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_a_short_torn_archive_gives_what_is_whole(tmp_path: Path, ending: str) -> None:
+    """Of a text smaller than what is read at once."""
+    generator = random.Random(0)
+    texts = ["".join(generator.choices("abcdefghij ", k=1000)) for _ in range(800)]
+    data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    assert len(data) < byte_stream.CHUNK
+    whole = COMPRESS[ending](data)
+    *records, last = read(tmp_path, f"x.jsonl{ending}", whole[: len(whole) * 3 // 4])
+    assert [record.text for record in records] == texts[: len(records)]
+    assert len(records) > 400
+    assert last.reason.startswith("damaged archive")
 
 
 def test_text_that_is_not_utf8(tmp_path: Path) -> None:
@@ -174,11 +187,12 @@ def test_damaged_parquet(tmp_path: Path) -> None:
     assert all(record.text == texts[record.line - 1] for record in records if not record.reason)
 
 
-def test_file_that_vanished_is_reported(tmp_path: Path) -> None:
+def test_a_file_that_vanished_is_not_a_bad_record(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("text")
     (file,) = input_files([str(tmp_path / "x.txt")])
     (tmp_path / "x.txt").unlink()
-    assert list(read_records(file, Reading())) == [Record(line=0, reason="cannot be opened: No such file or directory")]
+    with pytest.raises(UserError, match=r"x\.txt was listed but cannot be opened: No such file or directory"):
+        list(read_records(file, Reading()))
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.txt.gz", "x.jsonl.zst", "x.parquet"])
@@ -211,6 +225,12 @@ def test_documents_between_separators(
         monkeypatch.setattr(byte_stream, "CHUNK", size)
         assert read(tmp_path, f"x.txt{ending}", COMPRESS[ending](data), document_separator=separator) == expected
     assert read(tmp_path, "y.md", f"a{separator}b{separator}".encode(), document_separator=separator)[-1].text == "b"
+
+
+def test_a_separator_with_carriage_returns(tmp_path: Path) -> None:
+    data = b"one\r\n--\r\ntwo\n--\nthree"
+    records = read(tmp_path, "x.txt", data, document_separator="\r\n--\r\n")
+    assert records == [Record(line=1, text="one"), Record(line=3, text="two"), Record(line=5, text="three")]
 
 
 def test_one_bad_document_of_a_text_file(tmp_path: Path) -> None:
@@ -256,3 +276,43 @@ def test_a_damaged_parquet_file_is_reported_once(tmp_path: Path) -> None:
     (file,) = input_files([str(tmp_path / "x.parquet")])
     records = [record for part in parts_of(file, 5) for record in read_records(part, Reading())]
     assert [(record.line, record.reason[:14]) for record in records] == [(0, "not a Parquet ")]
+
+
+def test_a_parquet_footer_that_points_nowhere(tmp_path: Path) -> None:
+    """Its row group is in one of the parts, and is reported there."""
+    data = parquet(pa.table({"text": ["a", "b"]}), use_dictionary=False, compression="none")
+    damaged = data.replace(b"\x26\x08", b"\x26\x7f")  # data_page_offset, a zigzag number: -64 for 4
+    assert damaged != data
+    (tmp_path / "x.parquet").write_bytes(damaged)
+    (file,) = input_files([str(tmp_path / "x.parquet")])
+    for n_parts in (1, 5):
+        records = [record for part in parts_of(file, n_parts) for record in read_records(part, Reading())]
+        assert [(record.line, record.reason[:13]) for record in records] == [(1, "its row group"), (2, "its row group")]
+
+
+def test_a_parquet_footer_that_counts_other_rows(tmp_path: Path) -> None:
+    data = parquet(pa.table({"text": ["a"] * 50}))
+    damaged = data.replace(b"\x16\x64\x19", b"\x16\x66\x19")  # the file's num_rows, before the list of row groups
+    assert damaged != data
+    (only,) = read(tmp_path, "x.parquet", damaged)
+    assert "row groups of 50 rows in a file of 51" in only.reason
+
+
+def test_parquet_without_any_column(tmp_path: Path) -> None:
+    data = parquet(pa.table({"n": [1, 2]}).select([]))  # Arrow writes a row group of no rows
+    assert read(tmp_path, "x.parquet", data) == []
+
+
+def test_a_large_row_group_is_read_a_piece_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"{number} {'long ' * 2000}" for number in range(1000)]
+    options = {"use_dictionary": False, "compression": "none", "write_batch_size": 10}  # pages of 1 MB
+    (tmp_path / "x.parquet").write_bytes(parquet(pa.table({"text": texts}), **options))
+    (file,) = input_files([str(tmp_path / "x.parquet")])
+    sizes: list[int] = []
+    readinto = byte_stream.Reader.readinto
+    monkeypatch.setattr(
+        byte_stream.Reader, "readinto", lambda self, buffer: sizes.append(len(buffer)) or readinto(self, buffer)
+    )
+    assert [record.text for record in read_records(file, Reading())] == texts
+    assert file.size > 10_000_000
+    assert max(sizes) < 4 * byte_stream.CHUNK

@@ -2,9 +2,11 @@
 
 import hashlib
 import io
+import multiprocessing
 import os
+import random
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +78,51 @@ def test_the_bound_holds_and_the_longest_unused_goes_first(
         assert cache.array(*shards[number])[0] == number
         assert held(tmp_path) <= 3 * size
     assert ShardCache(str(tmp_path), max_bytes=1).array(*shards[5])[0] == 5, "the shard asked for, always"
+
+
+def _read_at_random(folder: str, shards: list[Shard], seed: int) -> int:
+    generator = random.Random(seed)
+    cache = ShardCache(folder, max_bytes=3 * shards[0][2])
+    for _ in range(600):
+        number = generator.randrange(len(shards))
+        array = cache.array(*shards[number], checked=generator.random() < 0.5)
+        assert len(array) == 1000
+        assert array[0] == number
+    return seed
+
+
+def test_processes_that_make_room_do_not_disturb_each_other(tmp_path: Path, shards: list[Shard]) -> None:
+    stored = []
+    for number, (uri, sha256, size) in enumerate(shards):
+        (tmp_path / f"{number}.npy").write_bytes(storage.read_bytes(uri))
+        stored.append((f"local://{tmp_path}/{number}.npy", sha256, size))  # a store that all processes see
+    with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("spawn")) as pool:
+        done = [pool.submit(_read_at_random, str(tmp_path / "cache"), stored, seed) for seed in range(4)]
+        assert [one.result() for one in done] == [0, 1, 2, 3]
+
+
+def test_an_empty_file_in_its_place_is_fetched_again(tmp_path: Path, shards: list[Shard]) -> None:
+    cache = ShardCache(str(tmp_path))
+    cache.array(*shards[0])
+    (tmp_path / (shards[0][1][:40] + ".npy")).write_bytes(b"")
+    assert cache.array(*shards[0], checked=True)[0] == 0
+
+
+def test_a_local_shard_that_was_cut_is_named_though_it_was_checked(tmp_path: Path, shards: list[Shard]) -> None:
+    uri = str(tmp_path / "shard.npy")
+    storage.write_bytes(uri, storage.read_bytes(shards[0][0])[:-2])
+    with pytest.raises(UserError, match=r"shard\.npy does not match"):
+        ShardCache(str(tmp_path / "cache")).array(uri, *shards[0][1:], checked=True)
+
+
+def test_what_killed_downloads_left_is_removed_in_time(tmp_path: Path, shards: list[Shard]) -> None:
+    old, new = (tmp_path / f".armd-{number}-abc.tmp" for number in (1, 2))
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, ns=(5, 5))
+    ShardCache(str(tmp_path)).array(*shards[0])
+    assert not old.exists()
+    assert new.exists(), "perhaps being written"
 
 
 def test_a_copy_that_was_damaged_is_fetched_again(tmp_path: Path, shards: list[Shard], downloads: list[str]) -> None:

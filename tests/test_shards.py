@@ -11,6 +11,7 @@ import pytest
 from armd.tokenizer import Tokenizer
 from pipelines import shards, storage
 from pipelines.corpus_config import Reading
+from pipelines.errors import UserError
 from pipelines.shard_file import packed_counts, token_dtype, unpacked_counts
 from pipelines.shards import UnitSettings, is_held_out, make_unit, unit_key
 from pipelines.sources import Unit, input_files
@@ -140,6 +141,8 @@ def test_finished_unit_is_taken_over_and_a_damaged_one_made_again(
         record.unlink,
         lambda: record.write_text(record.read_text()[:100]),
         lambda: record.write_text("[]"),
+        lambda: record.write_text(record.read_text().replace('"read": 62', '"read": 63')),
+        lambda: record.write_text(record.read_text().replace(first["splits"]["train"]["counts"], "x")),
         lambda: record.write_text(record.read_text().replace(first["key"], "0" * 64)),
     ):
         calls.clear()
@@ -182,6 +185,28 @@ def test_a_failing_unit_leaves_no_record_and_no_scratch(
     with pytest.raises(OSError, match="disk full"):
         make_unit(unit, settings(tmp_path, tokenizer))
     assert [name for _, _, names in os.walk(tmp_path / "out") for name in names] == []
+
+
+def test_a_file_that_cannot_be_opened_commits_nothing(tmp_path: Path, tokenizer: Tokenizer, unit: Unit) -> None:
+    path = Path(unit.files[5].uri)
+    away = path.rename(tmp_path / "away.txt")
+    with pytest.raises(UserError, match=f"{path} was listed but cannot be opened"):
+        make_unit(unit, settings(tmp_path, tokenizer))
+    assert [name for _, _, names in os.walk(tmp_path / "out") for name in names] == []
+    away.rename(path)
+    assert make_unit(unit, settings(tmp_path, tokenizer))["documents"]["used"] == 60
+
+
+def test_documents_that_are_not_those_of_the_first_pass_are_refused(
+    tmp_path: Path, tokenizer: Tokenizer, unit: Unit
+) -> None:
+    config = settings(tmp_path, tokenizer)
+    with pytest.raises(UserError, match=r"had 59 documents when duplicates were looked for, and 60 when") as caught:
+        make_unit(replace(unit, dropped=packed_counts(np.array([3])), n_hashed=59), config)
+    assert "hashes" in caught.value.fix
+    assert [name for _, _, names in os.walk(tmp_path / "out") for name in names] == []
+    kept = make_unit(replace(unit, dropped=packed_counts(np.array([3])), n_hashed=60), config)
+    assert kept["documents"] == {"read": 62, "used": 59, "empty": 1, "duplicate": 1, "quarantined": 1}
 
 
 def test_unit_without_text_has_no_shards(tmp_path: Path, tokenizer: Tokenizer) -> None:

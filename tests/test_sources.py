@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pipelines import python_docs
 from pipelines.corpus_config import CorpusConfig
 from pipelines.errors import UserError
-from pipelines.sources import InputFile, fingerprint, input_files, work_units
+from pipelines.sources import InputFile, check_apart, fingerprint, input_files, work_units
 
 
 def write(folder: Path, *names: str, text: str = "some text") -> None:
@@ -24,6 +24,30 @@ def write(folder: Path, *names: str, text: str = "some text") -> None:
 
 def names(sources: list[str], root: Path) -> list[str]:
     return [os.path.relpath(file.uri, root) for file in input_files(sources)]
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "a.txt", "sub/b.txt")
+    scandir = os.scandir
+
+    def refusing(path: str) -> object:
+        if str(path).endswith("/sub"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match=r"cannot be read: .*Permission denied: .*/sub"):
+        input_files([str(tmp_path)])
+
+
+def test_a_link_to_a_training_file_is_not_held_out(tmp_path: Path) -> None:
+    write(tmp_path / "training", "a.txt", "b.txt")
+    (tmp_path / "held-out").mkdir()
+    (tmp_path / "held-out" / "c.txt").symlink_to(tmp_path / "training" / "b.txt")
+    training, held_out = (input_files([str(tmp_path / name)]) for name in ("training", "held-out"))
+    for pair in ((training, held_out), (held_out, training)):
+        with pytest.raises(UserError, match=r"\.txt is in --corpus\.sources and in --corpus\.validation-sources"):
+            check_apart(*pair)
 
 
 def test_folder_is_read_recursively_and_in_order(tmp_path: Path) -> None:
@@ -245,6 +269,8 @@ if x:
         ("validation_fraction", float("nan")),
         ("max_quarantined", -0.1),
         ("max_quarantined", 1.1),
+        ("document_separator", "\udc80"),
+        ("text_field", "\udc80"),
         ("text_field", ""),
         ("detokenizer", "wiki"),
         ("formation", "pack"),

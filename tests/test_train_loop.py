@@ -269,6 +269,13 @@ def test_another_corpus_is_refused(corpus: str, uninterrupted: Path, tmp_path: P
     assert "another corpus" in error.what
 
 
+def test_a_corpus_that_was_made_again_as_it_was_is_the_same(uninterrupted: Path, tmp_path: Path) -> None:
+    again = make_corpus(tmp_path)
+    manifest = storage.read_json(str(tmp_path / "manifest.json"))
+    storage.write_json(str(tmp_path / "manifest.json"), {**manifest, "started": "later", "host": "elsewhere"})
+    assert run(again, uninterrupted, ema_decay=0.9)["steps"] == 10
+
+
 def test_a_tokenizer_that_is_not_the_corpuss_is_refused(tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     for folder, seed in ((one, 0), (other, 1)):

@@ -16,7 +16,7 @@ from pipelines import storage, windows
 from pipelines.errors import UserError
 from pipelines.manifest import write_manifest
 from pipelines.shard_cache import ShardCache
-from pipelines.windows import Permutation, WindowIndex
+from pipelines.windows import Permutation, WindowIndex, corpus_sha256
 
 
 def make_corpus(folder: str, lengths: list[int], sequence_length: int) -> np.ndarray:
@@ -45,6 +45,19 @@ def test_windows_are_those_of_the_concatenated_stream(tmp_path, lengths: list[in
     for number in range(len(index)):
         assert index[number].dtype == np.int64
         np.testing.assert_array_equal(index[number], expected[number])
+
+
+def test_the_digest_is_that_of_the_content(tmp_path) -> None:
+    folder = str(tmp_path)
+    make_corpus(folder, [100], 8)
+    manifest = storage.read_json(f"{folder}/manifest.json")
+    digest = corpus_sha256(folder)
+    for name in ("started", "seconds", "host", "versions", "identity"):
+        storage.write_json(f"{folder}/manifest.json", {**manifest, name: "other"})
+        assert corpus_sha256(folder) == digest, name
+    for name in ("splits", "formation", "sequence_length", "dtype", "tokenizer_sha256"):
+        storage.write_json(f"{folder}/manifest.json", {**manifest, name: "other"})
+        assert corpus_sha256(folder) != digest, name
 
 
 def test_bounds_and_splits(tmp_path) -> None:
