@@ -224,7 +224,10 @@ def _too_many_quarantined(config: CorpusConfig, tally: "Tally", output_dir: str)
 
 def _where(entry: Mapping[str, Any]) -> str:
     """A quarantined record's line, if it is not the whole file, and the reason."""
-    return f"line {entry['line']}: {entry['reason']}" if entry["line"] else str(entry["reason"])
+    if not entry["line"]:
+        return str(entry["reason"])
+    start = f" from byte {entry['from_byte']} on" if "from_byte" in entry else ""
+    return f"line {entry['line']}{start}: {entry['reason']}"
 
 
 def _too_little(config: CorpusConfig, split: str, tokens: int, documents: int) -> UserError:

@@ -5,7 +5,7 @@ from typing import Any
 
 from pipelines import storage
 from pipelines.corpus_config import Reading
-from pipelines.records import Record, read_records, records_before
+from pipelines.records import Record, counted_from, read_records
 from pipelines.sources import InputFile, Unit
 
 KINDS = ("used", "empty", "duplicate", "quarantined")
@@ -24,18 +24,21 @@ class Documents:
         self.counts = dict.fromkeys(("read", *KINDS), 0)
         """Records so far: `read` is the sum of the others."""
         self.quarantine: list[dict[str, Any]] = []
-        """{source, line, reason} of each record that cannot be read, so far."""
+        """{source, line, reason} of each record that cannot be read, so far; line 0 is the whole file.
+
+        Where the unit's part of a large file begins further on, `from_byte` is the byte that line 1 begins at.
+        """
 
     def __iter__(self) -> Iterator[str]:
         for file in self._unit.files:
-            before: int | None = None
+            start: tuple[int, int] | None = None
             for record in read_records(file, self._reading):
                 kind = self._kind(record)
                 self.counts["read"] += 1
                 self.counts[kind] += 1
                 if kind == "quarantined":
-                    before = records_before(file) if before is None else before
-                    self._note(file, record, before)
+                    start = start or counted_from(file)
+                    self._note(file, record, *start)
                 elif kind == "used" or (kind == "empty" and self._empty_rows):
                     yield record.text if kind == "used" else ""
 
@@ -47,6 +50,7 @@ class Documents:
         number = self.counts["used"] + self.counts["duplicate"]
         return "duplicate" if number in self._dropped else "used"
 
-    def _note(self, file: InputFile, record: Record, before: int) -> None:
-        line = record.line + before if record.line else 0
-        self.quarantine.append({"source": storage.redacted(file.uri), "line": line, "reason": record.reason})
+    def _note(self, file: InputFile, record: Record, from_byte: int, rows_before: int) -> None:
+        line = record.line + rows_before if record.line else 0
+        entry = {"source": storage.redacted(file.uri), "line": line, "reason": record.reason}
+        self.quarantine.append({**entry, "from_byte": from_byte} if line and from_byte else entry)

@@ -101,22 +101,21 @@ def _separated(pieces: Iterator[bytes], separator: bytes) -> Iterator[Record]:
         yield Record(line=line, reason=str(error))
 
 
-def records_before(file: InputFile) -> int:
-    """How many lines or rows of the file come before the part that `file` is; reads what stands there."""
-    if not file.begin:
-        return 0
-    with storage.open_read(file.uri) as raw:
-        if file.format == "parquet":
-            import pyarrow.parquet
+def counted_from(file: InputFile) -> tuple[int, int]:
+    """Where the lines of a part of a file are counted from: a byte of the file, and how many rows come before.
 
-            metadata = pyarrow.parquet.ParquetFile(raw).metadata
-            return sum(group.num_rows for group in _groups(metadata) if _middle(group, file) < file.begin)
-        left, lines = _first_line_at(raw, file.begin), 0
-        raw.seek(0)
-        while left > 0 and (chunk := raw.read(min(left, CHUNK))):
-            lines += chunk.count(b"\n")
-            left -= len(chunk)
-        return lines
+    Of .jsonl the first line of the part, as counting those before would read all that comes before; of .parquet the
+    rows before it are known.
+    """
+    if not file.begin:
+        return 0, 0
+    with storage.open_read(file.uri) as raw:
+        if file.format != "parquet":
+            return _first_line_at(raw, file.begin), 0
+        import pyarrow.parquet
+
+        groups = _groups(pyarrow.parquet.ParquetFile(raw).metadata)
+        return 0, sum(group.num_rows for group in groups if _middle(group, file) < file.begin)
 
 
 def _lines(reader: io.RawIOBase, file: InputFile) -> Iterator[bytes]:

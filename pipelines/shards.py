@@ -73,7 +73,7 @@ def make_unit(unit: Unit, settings: UnitSettings) -> dict[str, Any]:
 
     Returns:
         {"key", "source", "documents": {read, used, empty, duplicate, quarantined},
-        "quarantine": [{source, line, reason}], "splits": {split: {documents, tokens, bytes,
+        "quarantine": [as `Documents.quarantine`], "splits": {split: {documents, tokens, bytes,
         shards: [{path, sha256, tokens}], counts, lengths, samples}}}, where `counts` is what `packed_counts` makes of
         the number of times each token occurs, `lengths[i]` is the number of documents of 2^(i-1) to 2^i - 1 tokens, and
         `samples` has [hash, first token, tokens] of the documents with the smallest hashes.

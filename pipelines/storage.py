@@ -6,6 +6,7 @@ an object store as one upload. Listings on an object store are never cached, sin
 
 import contextlib
 import errno
+import glob as local_glob
 import hashlib
 import json
 import os
@@ -143,11 +144,15 @@ def find(uri: str) -> list[Entry]:
 
 
 def glob(pattern: str) -> list[Entry]:
-    """The files that match `pattern` (`*`, `?`, `[..]`, `**` for any depth), sorted by name."""
-    if is_local(pattern):
-        import glob as local_glob
+    """The files that match `pattern` (`*`, `?`, `[..]`, `**` for any depth), sorted by name.
 
+    Raises:
+        OSError: a local folder that may hold some cannot be listed.
+        UserError: the file system of `pattern` cannot be used.
+    """
+    if is_local(pattern):
         path = absolute(pattern)
+        _check_listable(path)
         matches = sorted(local_glob.glob(path, recursive=True))
         return _local_entries([match for match in matches if os.path.isfile(match)], _fixed_folder(path))
     filesystem, path = _remote(pattern)
@@ -441,6 +446,15 @@ def _walk(folder: str) -> Iterator[str]:
 
 def _raise(error: OSError) -> NoReturn:
     raise error
+
+
+def _check_listable(pattern: str) -> None:
+    """List the folders that `pattern` looks into: glob leaves out those that it cannot list."""
+    folders = pattern
+    while local_glob.has_magic(folders):
+        folders = os.path.dirname(folders)
+        for folder in filter(os.path.isdir, local_glob.glob(folders, recursive=True)):
+            os.scandir(folder).close()
 
 
 def _is_hidden(path: str) -> bool:

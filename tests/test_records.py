@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pipelines import byte_stream, storage
+from pipelines import byte_stream, records, storage
 from pipelines.corpus_config import Reading
+from pipelines.documents import Documents
 from pipelines.errors import UserError
-from pipelines.records import Record, read_records, records_before
-from pipelines.sources import InputFile, input_files
+from pipelines.records import Record, counted_from, read_records
+from pipelines.sources import InputFile, Unit, input_files
 
 ZSTD = zstandard.ZstdCompressor(write_checksum=True)
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -263,12 +264,39 @@ def test_parts_of_a_file_have_every_record_once(tmp_path: Path, kind: str, n_par
     (file,) = input_files([str(tmp_path / f"x.{kind}")])
     whole = list(read_records(file, Reading()))
     assert sum(bool(record.reason) for record in whole) == 2
-    found = [
-        replace(record, line=record.line + records_before(part))
-        for part in parts_of(file, n_parts)
-        for record in read_records(part, Reading())
-    ]
+    data = (tmp_path / f"x.{kind}").read_bytes()
+    found = []
+    for part in parts_of(file, n_parts):
+        from_byte, rows = counted_from(part)
+        before = data[:from_byte].count(b"\n") + rows
+        found += [replace(record, line=record.line + before) for record in read_records(part, Reading())]
     assert found == whole
+
+
+def test_bad_records_of_parts_cost_no_reading_of_what_comes_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.jsonl").write_text(("x" * 499 + "\n") * 400)
+    (file,) = input_files([str(tmp_path / "x.jsonl")])
+    n_read = 0
+
+    class Counting(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            nonlocal n_read
+            data = super().read(size)
+            n_read += len(data)
+            return data
+
+    monkeypatch.setattr(storage, "open_read", lambda uri: Counting(Path(uri).read_bytes()))
+    monkeypatch.setattr(byte_stream, "CHUNK", 1000)
+    monkeypatch.setattr(records, "CHUNK", 1000)
+    entries = []
+    for part in parts_of(file, 40):
+        documents = Documents(Unit(files=(part,), validation_fraction=0.0), Reading())
+        assert list(documents) == []
+        entries += documents.quarantine
+    assert [entry.get("from_byte", 0) // 500 + entry["line"] for entry in entries] == list(range(1, 401))
+    assert n_read < 2 * file.size
 
 
 def test_a_damaged_parquet_file_is_reported_once(tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ def names(sources: list[str], root: Path) -> list[str]:
     return [os.path.relpath(file.uri, root) for file in input_files(sources)]
 
 
-def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pattern", ["", "*/b.txt", "**/*.txt", "*/deeper/b.txt"])
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+    write(tmp_path, "other/b.txt", "other/deeper/b.txt")
     write(tmp_path, "a.txt", "sub/b.txt")
     scandir = os.scandir
 
@@ -37,7 +39,7 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(os, "scandir", refusing)
     with pytest.raises(UserError, match=r"cannot be read: .*Permission denied: .*/sub"):
-        input_files([str(tmp_path)])
+        input_files([str(tmp_path / pattern)])
 
 
 def test_a_link_to_a_training_file_is_not_held_out(tmp_path: Path) -> None:
