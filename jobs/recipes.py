@@ -83,7 +83,7 @@ Chosen = Annotated[Recipe | Study, tyro.conf.arg(name=""), tyro.conf.AvoidSubcom
 
 
 def demo() -> Recipe:
-    """The whole pipeline in minutes: a tiny model of Python's own documentation, by the mixed schedule.
+    """The whole pipeline in minutes: a tiny model of Python's own documentation.
 
     Command: armd run demo
     Hardware: 2 CPU cores, 4 GB of memory; no network, no GPU, no compiler.
@@ -98,12 +98,11 @@ def demo() -> Recipe:
             micro_batch_size=2,
             n_workers=2,
             zero_stage=2,
-            steps=1_000,
-            strided_steps=0,
-            max_shuffled=0,
-            streams=(2, 4, 8),
-            strided_share=0.5,
-            mix_after=100,
+            steps=600,
+            strided_steps=400,
+            ar_steps=20,
+            permutation_steps=100,
+            max_shuffled=8,
             learning_rate=3e-3,
             warmup_steps=50,
             log_every=10,
@@ -111,7 +110,7 @@ def demo() -> Recipe:
             validation_windows=54,
             checkpoint_every=200,
         ),
-        evaluate=EvaluateConfig(streams=(1, 2, 4, 8), prompts=("Return the",), temperature=0.9, top_p=1.0),
+        evaluate=EvaluateConfig(prompts=("Return the",), temperature=0.9, top_p=1.0),
     )
 
 

@@ -63,9 +63,8 @@ def test_the_demo_fits_two_cores() -> None:
     assert recipe.corpus.tokenizer is None
     assert recipe.train.n_workers == 2
     assert recipe.train.total_steps * recipe.train.batch_size * recipe.corpus.sequence_length < 20e6
-    # The better recipe of the study (docs/benchmarks.md), and several checkpoints.
-    assert 0 < recipe.train.mix_after < recipe.train.steps
-    assert recipe.train.strided_share == 0.5
-    assert recipe.train.teaches_streams
+    # Every part of the training happens: left-to-right, permutation, strided fine-tuning, several checkpoints.
+    assert 0 < recipe.train.ar_steps < recipe.train.permutation_steps < recipe.train.steps
+    assert recipe.train.strided_steps > 0
     assert recipe.train.checkpoint_every * 2 <= recipe.train.total_steps
-    assert recipe.evaluate.streams == (1, *recipe.train.streams)
+    assert recipe.evaluate.streams == (1, 2, 4)
