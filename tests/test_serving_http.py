@@ -441,8 +441,8 @@ def test_only_a_plain_request_id_is_taken_from_the_caller(
     kept: bool,
     stream: bool,
 ) -> None:
-    # Serve, once started in this process, keeps its logger's records from the root's handlers.
-    monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
+    # Ray, once started in this process, keeps its loggers' records from the root's handlers.
+    monkeypatch.setattr(logging.getLogger("ray.serve"), "handlers", [caplog.handler])
     first = [ADMITTED] if stream else []
     server = made(CONFIG, Scripted(*first, ValueError("oops")))
     body = {"prompt": "a", "stream": stream}
