@@ -101,6 +101,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 
+def joined(heads_BHNA: Tensor) -> Tensor:
+    """(B, N, D): the heads of a row side by side."""
+    return heads_BHNA.transpose(1, 2).flatten(2)
+
+
 @functools.cache
 def _compiled_flex_attention() -> Callable[..., Tensor]:
     """One for the process. `fullgraph` makes too many recompilations an error, where they would go on uncompiled."""
@@ -123,31 +128,27 @@ class Attention(nn.Module):
         # What a strict query attends to where nothing comes before it: (key, value), (2, H, 1, A).
         self.null = nn.Parameter(torch.empty(2, n_heads, 1, d_model // n_heads)) if null_key else None
 
-    def queries(self, x_BND: Tensor, rotary: Tensor) -> Tensor:
-        """(B, H, N, A): rotated queries of the rows of `x`; `rotary` is (B or 1, 1, N, A)."""
-        return rotate(self._heads(self.query(x_BND)), rotary)
+    def queries(self, x: Tensor, rotary: Tensor) -> Tensor:
+        """(..., H, N, A): rotated queries of the rows of `x` (..., N, D); `rotary` is (B or 1, 1, N, A)."""
+        return rotate(self._heads(self.query(x)), rotary)
 
     def keys_values(self, x_BND: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
         """Rotated keys and values of the rows of `x`, (B, H, N, A) each."""
         key, value = self.key_value(x_BND).chunk(2, dim=-1)
         return rotate(self._heads(key), rotary), self._heads(value)
 
-    def merge(self, heads_BHNA: Tensor) -> Tensor:
-        """(B, N, D): the heads joined and projected out."""
-        return self.out(heads_BHNA.transpose(1, 2).flatten(2))
-
     def causal(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
-        """(B, N, D): rank n sees block(i) <= block(n). No `mask` says one token a block."""
-        return self.merge(attend(q, k, v, mask))
+        """(B, N, D), all heads: rank n sees block(i) <= block(n). No `mask` says one token a block."""
+        return joined(attend(q, k, v, mask))
 
     def strict(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
-        """(B, N, D): rank n sees the null key and block(i) < block(n). No `mask` says one token a block.
+        """(B, N, D), all heads: rank n sees the null key and block(i) < block(n). No `mask` says one token a block.
 
         The keys are shifted by one, the null key in front; `mask` is over the shifted keys.
         """
         null_key, null_value = self.null_keys_values(k)
         k, v = torch.cat([null_key, k[:, :, :-1]], dim=2), torch.cat([null_value, v[:, :, :-1]], dim=2)
-        return self.merge(attend(q, k, v, mask))
+        return joined(attend(q, k, v, mask))
 
     def null_keys_values(self, like_BHNA: Tensor) -> tuple[Tensor, Tensor]:
         """The null key and value, (B, H, 1, A) each, in the type of `like`."""
@@ -156,5 +157,5 @@ class Attention(nn.Module):
         shape = (like_BHNA.shape[0], -1, -1, -1)
         return null[0].expand(shape), null[1].expand(shape)
 
-    def _heads(self, x_BND: Tensor) -> Tensor:
-        return x_BND.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.n_heads, -1)).transpose(-3, -2)

@@ -26,14 +26,16 @@ class Layer(nn.Module):
         self.mlp_in = nn.Linear(config.d_model, 4 * config.d_model, bias=False)
         self.mlp_out = nn.Linear(4 * config.d_model, config.d_model, bias=False)
 
-    def both_streams(
-        self, x: Tensor, g: Tensor, rotary: Tensor, causal: Mask = None, strict: Mask = None
-    ) -> tuple[Tensor, Tensor]:
-        """Content and query stream (B, N, D) after the layer: queries from each, keys and values from content alone."""
-        attention, normed = self.attention, self.attention_norm(x)
-        k, v = attention.keys_values(normed, rotary)
-        g = self.finish(g, attention.strict(self.queries(g, rotary), k, v, strict))
-        return self.finish(x, attention.causal(attention.queries(normed, rotary), k, v, causal)), g
+    def both_streams(self, xg: Tensor, rotary: Tensor, causal: Mask = None, strict: Mask = None) -> Tensor:
+        """Content and query stream (2, B, N, D) after the layer: queries from each, keys and values from content alone.
+
+        As one tensor the two take one product of each weight, and the weight's gradient is one product, not a sum of
+        two.
+        """
+        attention, normed = self.attention, self.attention_norm(xg)
+        k, v = attention.keys_values(normed[0], rotary)
+        q_x, q_g = attention.queries(normed, rotary)
+        return self.finish(xg, torch.stack([attention.causal(q_x, k, v, causal), attention.strict(q_g, k, v, strict)]))
 
     def query_stream(self, x: Tensor, g: Tensor, rotary: Tensor, strict: Mask = None) -> Tensor:
         """The query stream after the layer, where nobody reads content any more: of that, keys and values alone."""
@@ -54,9 +56,9 @@ class Layer(nn.Module):
         """Keys and values (B, H, N, A) of the rows of a stream."""
         return self.attention.keys_values(self.attention_norm(x), rotary)
 
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """The stream after the layer, from what its queries attended to (B, N, D)."""
-        x = x + attended
+    def finish(self, x: Tensor, heads: Tensor) -> Tensor:
+        """The rows (..., D) of a stream after the layer, from what the heads of their queries attended to (..., D)."""
+        x = x + self.attention.out(heads)
         return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
 
 

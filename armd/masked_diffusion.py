@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from armd.attention import rotary_angles
+from armd.attention import joined, rotary_angles
 from armd.config import ModelConfig
 from armd.layers import Layer, initialise
 from armd.randomness import seeded
@@ -98,7 +98,7 @@ class MaskedDiffusionLM(nn.Module):
             normed = layer.attention_norm(x)
             k, v = layer.attention.keys_values(normed, rotary)
             attended = F.scaled_dot_product_attention(layer.attention.queries(normed, rotary), k, v)
-            x = layer.finish(x, layer.attention.merge(attended))
+            x = layer.finish(x, joined(attended))
         return self.final_norm(x)
 
     def _head(self, hidden: Tensor) -> Tensor:

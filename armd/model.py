@@ -81,8 +81,11 @@ class ARMD(nn.Module):
         g = self.first_query(x, order)
 
         *lower, last = self.two_stream_layers
-        for layer in lower:
-            x, g = self._run(layer.both_streams, x, g, rotary, causal, strict)
+        if lower:
+            xg = torch.stack([x, g])
+            for layer in lower:
+                xg = self._run(layer.both_streams, xg, rotary, causal, strict)
+            x, g = xg
         g = self._run(last.query_stream, x, g, rotary, strict)
         for layer in self.causal_layers:
             g = self._run(layer.causal_stream, g, rotary, causal)

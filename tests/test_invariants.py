@@ -91,8 +91,9 @@ def test_2_every_layer_above_does(n_layers: int, n_two_stream_layers: int) -> No
     """That is what the model is, and no fault: above the first layer the evidence has contexts of its own.
 
     Content rows have attended to the evidence before them (a second two-stream layer reads these), and so have query
-    rows (a causal layer reads those). One layer of either kind is enough. Fails with the content stream not advanced:
-    `return x, g` in both_streams; and with queries for keys in causal_stream, where each row sees only itself.
+    rows (a causal layer reads those). One layer of either kind is enough. Fails with the content stream not advanced,
+    as by `torch.stack([xg[0], ..])` around what both_streams returns; and with queries for keys in causal_stream, where
+    each row sees only itself.
     """
     model = tiny_model(n_layers=n_layers, n_two_stream_layers=n_two_stream_layers)
     first, permuted = hidden_of_targets(model, EVIDENCE_FIRST), hidden_of_targets(model, EVIDENCE_PERMUTED)

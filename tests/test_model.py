@@ -32,19 +32,18 @@ def test_forward_is_the_definition(name: str) -> None:
 
 
 def test_the_last_two_stream_layer_computes_keys_and_values_alone_from_content() -> None:
-    """Fails when hidden_by_rank sends it through both_streams."""
-    model, calls = tiny_model(n_layers=4, n_two_stream_layers=2), []
+    """Counted in rows of 9 tokens. Fails when hidden_by_rank sends it through both_streams."""
+    model, rows = tiny_model(n_layers=4, n_two_stream_layers=2), {}
     for depth, layer in enumerate([*model.two_stream_layers, *model.causal_layers]):
         for name in ("attention.query", "attention.key_value", "attention.out", "mlp_in"):
             module = layer.get_submodule(name)
-            module.register_forward_hook(lambda *_, called=(depth, name): calls.append(called))
+            module.register_forward_hook(lambda _, given, __, at=(depth, name): rows.update({at: given[0].shape[:-1]}))
     with torch.no_grad():
         model(torch.zeros(1, 9, dtype=torch.int64), Order.left_to_right(9))
     for depth in range(4):
-        rows = 2 if depth == 0 else 1
-        assert calls.count((depth, "attention.key_value")) == 1
+        assert rows[depth, "attention.key_value"] == (1, 9)
         for name in ("attention.query", "attention.out", "mlp_in"):
-            assert calls.count((depth, name)) == rows
+            assert rows[depth, name] == ((2, 1, 9) if depth == 0 else (1, 9))
 
 
 # Precision and modes
