@@ -44,7 +44,7 @@ def _silence_ray_data() -> None:
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if handler.name == "console":  # Ray Data's own; others may have been added, with levels of their own
             handler.setLevel(logging.CRITICAL)
 
 

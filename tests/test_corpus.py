@@ -3,6 +3,7 @@
 import functools
 import gzip
 import json
+import logging
 import math
 import os
 import random
@@ -16,14 +17,14 @@ import numpy as np
 import pytest
 
 from armd.tokenizer import Tokenizer
-from pipelines import corpus, corpus_tokenizer, shards, storage
+from pipelines import corpus, corpus_tasks, corpus_tokenizer, shards, storage
 from pipelines.corpus_config import CorpusConfig
-from pipelines.corpus_tasks import in_tasks
 from pipelines.errors import UserError
 from pipelines.manifest import verify_files
 from pipelines.shard_cache import ShardCache
 from pipelines.sources import InputFile, Unit, input_files, work_units
 from pipelines.windows import WindowIndex
+from tests.object_store import s3_server
 
 Files = dict[str, bytes]
 
@@ -526,31 +527,28 @@ def test_ray_gives_the_same_files_and_passes_errors_on(
     )
     unit = Unit(files=(nowhere,), validation_fraction=0.5)
     with pytest.raises(UserError, match="nosuch://x/y") as error:
-        list(in_tasks(functools.partial(shards.make_unit, settings=settings), [unit]))
+        list(corpus_tasks.in_tasks(functools.partial(shards.make_unit, settings=settings), [unit]))
     assert error.value.fix
     printed = capfd.readouterr()
     assert "Traceback" not in printed.out + printed.err
 
 
+def test_only_ray_datas_own_lines_are_silenced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails when every handler that writes to a stream is: then nobody's log hears from a server in this process."""
+    logger, ours = logging.getLogger("ray.data"), logging.StreamHandler()
+    import ray.data  # noqa: F401 - it sets up its logger
+
+    monkeypatch.setattr(logger, "handlers", [*logger.handlers, ours])
+    corpus_tasks._silence_ray_data()
+    levels = {handler.name or handler: handler.level for handler in logger.handlers}
+    assert (levels["console"], levels[ours]) == (logging.CRITICAL, logging.NOTSET)
+
+
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An empty bucket of an S3 server on loopback."""
-    import boto3
-    import s3fs
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing-access-key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing-secret-key")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    s3fs.S3FileSystem.clear_instance_cache()  # an instance keeps the endpoint that it first saw
-    boto3.client("s3").create_bucket(Bucket="corpus-test")
-    yield "s3://corpus-test"
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
+    with s3_server(monkeypatch, "corpus-test"):
+        yield "s3://corpus-test"
 
 
 def test_object_store_in_and_out(tmp_path: Path, source: str, in_process: None, bucket: str) -> None:

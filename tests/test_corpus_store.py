@@ -1,15 +1,12 @@
 """The corpus stage and the reader on an object store that fails: S3 on loopback, by itself and behind a fault proxy."""
 
-import http.client
 import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import boto3
 import pytest
 import s3fs
-from moto.server import ThreadedMotoServer
 
 from pipelines import corpus, storage
 from pipelines.corpus_config import CorpusConfig
@@ -19,10 +16,9 @@ from pipelines.shard_cache import ShardCache
 from pipelines.sources import Unit
 from pipelines.windows import WindowIndex
 from tests.fault_proxy import faulty
+from tests.object_store import SECRETS, Address, s3_server
 
 BUCKET = "corpus-test"
-SECRETS = ("testing-access-key", "testing-secret-key")
-Address = tuple[str, int]
 
 
 @pytest.fixture(autouse=True)
@@ -36,19 +32,8 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Address]:
     """An S3 server with an empty bucket, which the environment names."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    address = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", SECRETS[0])
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRETS[1])
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{address[0]}:{address[1]}")
-    s3fs.S3FileSystem.clear_instance_cache()  # an instance keeps the endpoint that it first saw
-    http.client.HTTPConnection(*address).request("POST", "/moto-api/reset")  # its content is the process's
-    boto3.client("s3").create_bucket(Bucket=BUCKET)
-    yield address
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
+    with s3_server(monkeypatch, BUCKET) as address:
+        yield address
 
 
 @pytest.fixture
