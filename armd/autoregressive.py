@@ -16,6 +16,7 @@ from armd.attention import rotary_angles
 from armd.cached_layer import CachedLayer, rotary_rows
 from armd.config import ModelConfig
 from armd.layers import Layer, initialise
+from armd.products import product
 from armd.rows import Seen
 from armd.sampling import SamplingParams, distribution, draw
 
@@ -140,4 +141,4 @@ class _Decoder:
             normed_MD = layer.normed(x_MD)
             q_MHA = layer.project(normed_MD, normed_MD, (cosines, sines), places_M)
             x_MD = layer.finish(x_MD, layer.attend(q_MHA, runs))
-        return model.head(model.final_norm(x_MD[n_rows - 1 :: n_rows]))
+        return product(model.final_norm(x_MD[n_rows - 1 :: n_rows]), model.embedding.weight)

@@ -1,8 +1,8 @@
 """One layer over rows of many texts, its keys and values in a cache.
 
 The same function as layers.Layer, with fewer operations: a step of few rows spends more time on calling modules and on
-small kernels than on arithmetic. So weights are used as they are stored, without their modules; a product adds the
-residual stream itself; queries and keys are rotated together. Tests hold the two against each other.
+small kernels than on arithmetic. So weights are used as they are stored, without their modules, and queries and keys
+are rotated together. Tests hold the two against each other.
 
 Shapes: M rows, B texts of a run, R rows of each, K keys, H heads, A head width, D model width.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from armd.attention import rotary_angles
 from armd.layers import Layer
+from armd.products import product
 from armd.rows import Seen
 
 
@@ -25,7 +26,7 @@ class CachedLayer:
         attention = layer.attention
         self._norms = [(norm.weight, norm.eps) for norm in (layer.attention_norm, layer.mlp_norm)]
         linears = (attention.query, attention.key_value, attention.out, layer.mlp_in, layer.mlp_out)
-        self._query, self._key_value, self._out, self._mlp_in, self._mlp_out = (one.weight.t() for one in linears)
+        self._query, self._key_value, self._out, self._mlp_in, self._mlp_out = (one.weight for one in linears)
         self._head_shape = storage.shape[-2:]
         self._keys, self._values = storage.flatten(1, 2)  # to write: (slots * ranks, H, A)
         self._keys_by_head, self._values_by_head = storage.transpose(2, 3)  # to read: (slots, H, ranks, A)
@@ -42,8 +43,8 @@ class CachedLayer:
         """
         cosines, sines = rotary
         n_queries = len(query_MD)
-        k_MD, v_MD = (content_MD @ self._key_value).chunk(2, dim=1)
-        x_MHA = torch.cat([query_MD @ self._query, k_MD]).view(-1, *self._head_shape)
+        k_MD, v_MD = product(content_MD, self._key_value).chunk(2, dim=1)
+        x_MHA = torch.cat([product(query_MD, self._query), k_MD]).view(-1, *self._head_shape)
         dtype = x_MHA.dtype
         x_MHA = x_MHA.float()
         x_MHA = torch.addcmul(x_MHA * cosines, x_MHA.roll(x_MHA.shape[2] // 2, 2), sines).to(dtype)
@@ -64,10 +65,10 @@ class CachedLayer:
 
     def finish(self, rows_MD: Tensor, heads_MD: Tensor) -> Tensor:
         """The rows after the layer, from what they attended to."""
-        rows_MD = torch.addmm(rows_MD, heads_MD, self._out)
+        rows_MD = product(heads_MD, self._out, rows_MD)
         weight, eps = self._norms[1]
         normed_MD = torch.rms_norm(rows_MD, weight.shape, weight, eps)
-        return torch.addmm(rows_MD, F.gelu(normed_MD @ self._mlp_in), self._mlp_out)
+        return product(F.gelu(product(normed_MD, self._mlp_in)), self._mlp_out, rows_MD)
 
 
 def rotary_rows(positions_M: Tensor, head_width: int) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from armd.cache import Cache
 from armd.cached_layer import CachedLayer, rotary_rows
 from armd.model import ARMD
+from armd.products import product
 from armd.recorder import Recorder
 from armd.rows import Rows, Run, Work
 
@@ -89,7 +90,7 @@ class Decoder:
             normed_MD = layer.normed(g_MD)
             q_MHA = layer.project(normed_MD, normed_MD, rotary, rows["query_places"])
             g_MD = layer.finish(g_MD, layer.attend(q_MHA, query))
-        return model.head(model.final_norm(g_MD[rows["wanted"]]))
+        return product(model.final_norm(g_MD[rows["wanted"]]), model.embedding.weight)
 
     def _aggregate(self, run: Run, rows: Rows) -> Tensor:
         """Prefix aggregation (B * R, D) of a run's query rows: the state of certain ranks, and pending ones on top."""

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_iter
 
 import armd
 from armd import ModelConfig
+from armd.products import product
 
 Product = tuple[int, int, int]
 """Rows, columns in, columns out of one matrix product."""
@@ -120,7 +121,7 @@ def products_runner(
     Within a step weights are distinct and stored by output, as a model's are; all steps have the same weights and may
     differ in rows.
     """
-    weights = [torch.randn(n_out, n_in, device=device, dtype=dtype).t() for _, n_in, n_out in steps[0]]
+    weights = [torch.randn(n_out, n_in, device=device, dtype=dtype) for _, n_in, n_out in steps[0]]
     shapes = {(rows, n_in) for products in steps for rows, n_in, _ in products}
     inputs = {shape: torch.randn(shape, device=device, dtype=dtype) for shape in shapes}
 
@@ -129,7 +130,7 @@ def products_runner(
         for products in steps:
             for (rows, n_in, _), weight in zip(products, weights, strict=True):
                 if rows:
-                    inputs[rows, n_in] @ weight
+                    product(inputs[rows, n_in], weight)
 
     return run
 
