@@ -48,7 +48,7 @@ class Engine:
         static_shapes: pad rows to a few sizes; on a GPU, steps of a size that was there before are replayed.
 
     Raises:
-        ValueError: the slots do not fit `memory_bytes`.
+        ValueError: the slots do not fit `memory_bytes`, or `model` is another kind of model.
     """
 
     def __init__(
@@ -61,6 +61,8 @@ class Engine:
         memory_bytes: int | None = None,
         static_shapes: bool = False,
     ) -> None:
+        if not isinstance(model, ARMD):
+            raise ValueError(f"an engine decodes with ARMD, not with {type(model).__name__}")
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be at least 1, not {prefill_chunk}")
         if device is not None:

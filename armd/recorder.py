@@ -5,7 +5,9 @@ A recorded step may depend on nothing but its plan, which decides what was recor
 in before it is replayed. On a CPU there is nothing to record; tests hold steps to that rule there.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,30 +16,55 @@ Step = Callable[[Tensor], Tensor]
 """A step's integers to its logits."""
 
 
-class Recorder:
-    """Runs steps; from the second one of a plan on they are recorded ones."""
+class Recorded(NamedTuple):
+    """A step that can be replayed."""
 
-    def __init__(self) -> None:
-        self._seen: set[Hashable] = set()
-        self._recorded: dict[Hashable, tuple[Tensor, Callable[[], object], Tensor]] = {}
+    replay: Callable[[], object]
+    """Carries the step out on what its inputs hold by then."""
+    logits: Tensor
+    """Where its logits are after that."""
+    memory: Any
+    """Names the memory in which it computes."""
+
+
+class Recorder:
+    """Runs steps; from the second one of a plan on they are recorded ones.
+
+    Recorded steps share the memory in which they compute: they run one after the other, and each keeps its logits
+    alone. So `most` of them, the ones replayed last, cost little more than one.
+    """
+
+    def __init__(self, most: int = 64) -> None:
+        self._most = most
+        self._plans: OrderedDict[Hashable, tuple[Tensor, Recorded] | None] = OrderedDict()
+        """What was there lately, the latest last: inputs and the recorded step; None for what was there once."""
 
     def __call__(self, plan: Hashable, integers: Tensor, step: Step) -> Tensor:
-        """The logits of `step`; they stand until the next step of the same plan."""
-        if plan not in self._seen:  # the first one loads kernels and claims their workspace, which no recording can
-            self._seen.add(plan)
+        """The logits of `step`; they stand until the next step."""
+        if plan not in self._plans:  # the first one loads kernels and claims their workspace, which no recording can
+            self._keep(plan, None)
             return step(integers)
-        if plan not in self._recorded:
-            inputs = integers.clone()
-            self._recorded[plan] = inputs, *record(step, inputs)
-        inputs, replay, logits = self._recorded[plan]
+        inputs, recorded = self._plans[plan] or self._record(integers, step)
+        self._keep(plan, (inputs, recorded))
         inputs.copy_(integers)
-        replay()
-        return logits
+        recorded.replay()
+        return recorded.logits
+
+    def _record(self, integers: Tensor, step: Step) -> tuple[Tensor, Recorded]:
+        inputs = integers.clone()
+        memory = next((entry[1].memory for entry in self._plans.values() if entry), None)
+        return inputs, record(step, inputs, memory)
+
+    def _keep(self, plan: Hashable, entry: tuple[Tensor, Recorded] | None) -> None:
+        self._plans[plan] = entry
+        self._plans.move_to_end(plan)
+        if len(self._plans) > self._most:
+            self._plans.popitem(last=False)
 
 
-def record(step: Step, inputs: Tensor) -> tuple[Callable[[], object], Tensor]:
-    """Record `step` without carrying it out: what replays it on what `inputs` hold by then; where its logits are."""
+def record(step: Step, inputs: Tensor, memory: Any) -> Recorded:
+    """Record `step` without carrying it out, in the memory of that name if there is one."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=memory):
         logits = step(inputs)
-    return graph.replay, logits
+    return Recorded(graph.replay, logits, graph.pool())

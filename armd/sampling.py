@@ -6,8 +6,9 @@ float64, because a draw in float32 quietly lowers the temperature: its smallest 
 import math
 import operator
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -68,10 +69,14 @@ class SamplingParams:
             raise ValueError(f"seed must be a whole number or None, not {self.seed!r}")
         if self.mode not in ("parallel", "exact"):
             raise ValueError(f"mode must be parallel or exact, not {self.mode!r}")
+        for name in ("threshold", "temperature", "top_p"):
+            _check_number(name, getattr(self, name))
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold must be between 0 and 1, not {self.threshold}")
-        if self.max_entropy is not None and not 0 <= self.max_entropy < math.inf:
-            raise ValueError(f"max_entropy must be at least 0 and finite, not {self.max_entropy}")
+        if self.max_entropy is not None:
+            _check_number("max_entropy", self.max_entropy)
+            if not 0 <= self.max_entropy < math.inf:
+                raise ValueError(f"max_entropy must be at least 0 and finite, not {self.max_entropy}")
         if self.threshold and self.max_entropy is not None:
             raise ValueError(f"threshold ({self.threshold}) must be left out with max_entropy ({self.max_entropy})")
         for name, off in (("threshold", 0), ("max_entropy", None)):
@@ -83,7 +88,12 @@ class SamplingParams:
             raise ValueError(f"temperature must be at least 0 and finite, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be more than 0 and at most 1, not {self.top_p}")
+        if not isinstance(self.stop_ids, Iterable):
+            raise ValueError(f"stop_ids must be token ids, not {self.stop_ids!r}")
+        if not isinstance(self.logit_bias, Mapping):
+            raise ValueError(f"logit_bias must be a mapping from tokens to numbers, not {self.logit_bias!r}")
         for token, bias in self.logit_bias.items():
+            _check_number(f"logit_bias of token {token}", bias)
             if not math.isfinite(bias):
                 raise ValueError(f"logit_bias must be finite, not {bias} for token {token}")
 
@@ -135,6 +145,11 @@ def _is_whole(value: object) -> bool:
     except TypeError:
         return False
     return True
+
+
+def _check_number(name: str, value: object) -> None:
+    if not isinstance(value, Real):  # numpy's numbers are
+        raise ValueError(f"{name} must be a number, not {value!r}")
 
 
 def draw(weights_MV: Tensor, uniform_M: Tensor) -> Tensor:

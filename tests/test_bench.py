@@ -79,12 +79,14 @@ def test_step_products_are_those_of_decoding(n_streams: int, monkeypatch: pytest
     assert each == [flops(step) for step in decode.step_products(model.config, B, N, n_streams)]
 
 
-def test_decode_counts_the_tokens_that_it_wrote(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("static_shapes", [False, True])
+def test_decode_counts_the_tokens_that_it_wrote(capsys: pytest.CaptureFixture[str], static_shapes: bool) -> None:
     sizes = ["--vocab-size", "16", "--tokens", "6", "--streams", "1", "4", "16", "--batches", "2"]
-    options = ["--exact-streams", "2", "8", "--rounds", "1", "--device", "cpu"]
-    decode.main([*sizes, *options, "--baselines", "autoregressive"])
+    options = ["--exact-streams", "2", "8", "--exact-texts", "3", "--rounds", "1", "--device", "cpu"]
+    decode.main([*sizes, *options, "--baselines", "autoregressive", *(["--static-shapes"] if static_shapes else [])])
     result = last_line(capsys)
     assert (result["bench"], result["tokens"], result["n"]) == ("decode", 6, 1)
+    assert result["static_shapes"] == static_shapes
     found = result["contestants"]
     parallel = {name: one for name, one in found.items() if name.startswith("batch")}
     assert {name: one["steps"] for name, one in parallel.items()} == {
@@ -99,9 +101,9 @@ def test_decode_counts_the_tokens_that_it_wrote(capsys: pytest.CaptureFixture[st
         assert one["step_seconds"] * one["steps"] == pytest.approx(one["seconds"]["median"])
         assert one["to_products"] == pytest.approx(one["step_seconds"] / one["product_seconds"])
     for name in ("exact, S=2", "exact, S=8"):
-        assert found[name]["accepted"] + found[name]["rejected"] == 6
-        same = found[name.replace("exact", "batch 1")]
-        assert found[name]["to_parallel"] == pytest.approx(found[name]["seconds"]["median"] / same["seconds"]["median"])
+        assert found[name]["accepted"] + found[name]["rejected"] == 3 * 6
+        same = found[name.replace("exact", "batch 1")]["seconds"]["median"]
+        assert found[name]["to_parallel"] == pytest.approx(found[name]["seconds"]["median"] / 3 / same)
 
 
 SMALL = ["--vocab-size", "16", "--tokens", "6", "--rounds", "1", "--device", "cpu", "--exact-streams", "2"]

@@ -301,7 +301,7 @@ def test_a_recorded_step_depends_on_its_plan_and_its_integers(max_slots: int, mo
     ]
     replayed = 0
 
-    def record(step: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor) -> Any:
+    def record(step: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor, memory: object) -> Any:
         logits = torch.empty(0, dtype=torch.float64)
 
         def replay() -> None:
@@ -310,7 +310,7 @@ def test_a_recorded_step_depends_on_its_plan_and_its_integers(max_slots: int, mo
             now = step(inputs)
             logits.resize_(now.shape).copy_(now)
 
-        return replay, logits
+        return recorder.Recorded(replay, logits, None)
 
     monkeypatch.setattr(recorder, "record", record)
     alone = [generate(model, [p], params)[0] for p, params in requests]
@@ -321,6 +321,21 @@ def test_a_recorded_step_depends_on_its_plan_and_its_integers(max_slots: int, mo
     for request_id, expected in zip(ids, alone, strict=True):
         assert_same(done[request_id], expected)
     assert replayed > 20
+
+
+def test_recorded_steps_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plans used last stay, and compute in one memory. Fails without move_to_end, and with no memory handed on."""
+    recorded: list[tuple[int, object]] = []
+
+    def record(step: Any, inputs: torch.Tensor, memory: object) -> recorder.Recorded:
+        recorded.append((int(inputs), memory))
+        return recorder.Recorded(lambda: None, inputs, memory or (1, len(recorded)))
+
+    monkeypatch.setattr(recorder, "record", record)
+    replay = recorder.Recorder(most=2)
+    for plan in (1, 1, 2, 2, 1, 3, 1, 2, 2):  # 3 puts 2 out, and 2 puts 3 out
+        assert int(replay(plan, torch.tensor(plan), lambda integers: integers)) == plan
+    assert recorded == [(1, None), (2, (1, 1)), (2, (1, 1))]
 
 
 @pytest.mark.gpu
@@ -584,6 +599,8 @@ def test_requests_that_do_not_fit_are_refused_with_the_numbers(model: ARMD) -> N
         generate(model, [[]], [SamplingParams(), SamplingParams()])
     with pytest.raises(ValueError, match="prefill_chunk must be at least 1, not 0"):
         Engine(model, prefill_chunk=0)
+    with pytest.raises(ValueError, match="decodes with ARMD, not with Linear"):
+        Engine(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least one slot, not 0"):
         Engine(model, max_slots=0)
     assert engine.idle

@@ -127,9 +127,16 @@ def test_a_seed_means_the_same_every_time() -> None:
         ("top_p", 0.0),
         ("top_p", 1.5),
         ("top_k", -1),
+        ("temperature", None),
+        ("temperature", "hot"),
+        ("top_p", None),
+        ("threshold", "high"),
+        ("max_entropy", "low"),
+        ("stop_ids", 3),
+        ("logit_bias", 3),
     ],
 )
-def test_values_out_of_range_are_named(field: str, value: float) -> None:
+def test_values_of_no_use_are_named(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{field} .*{value}"):
         SamplingParams(**{field: value})
 
@@ -143,6 +150,8 @@ def test_values_that_do_not_go_together_are_named() -> None:
         SamplingParams(threshold=0.5, max_entropy=0.0)
     with pytest.raises(ValueError, match="logit_bias must be finite, not nan for token 7"):
         SamplingParams(logit_bias={7: float("nan")})
+    with pytest.raises(ValueError, match="logit_bias of token 7 must be a number, not None"):
+        SamplingParams(logit_bias={7: None})  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize(

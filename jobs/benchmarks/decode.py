@@ -24,15 +24,16 @@ from jobs.benchmarks.measure import (
     forward_products,
     interleaved,
     products_runner,
+    random_weights,
     spread,
 )
 
 COMMAND = "armd bench decode"
 
-# By contestant: how many requests of which kind; a text that it wrote; minimum, median and maximum of its seconds; a
+# By contestant: how many requests of which kind; texts that it wrote; minimum, median and maximum of its seconds; a
 # baseline with the number of its texts.
 _Requests = dict[str, tuple[int, SamplingParams]]
-_Written = dict[str, Completion]
+_Written = dict[str, list[Completion]]
 _Seconds = dict[str, dict[str, float]]
 _Baselines = Mapping[str, tuple[int, Evaluations]]
 
@@ -53,12 +54,17 @@ class DecodeBenchOptions:
     """Numbers of streams in parallel mode."""
     exact_streams: tuple[int, ...] = (2, 4, 8, 16, 32)
     """Numbers of streams in exact mode, for one text at a time; parallel mode is measured beside them."""
+    exact_texts: int = 4
+    """Texts that exact mode writes one after the other, of seeds 0, 1 and so on: how many drafts stand depends on the
+    text."""
     batches: tuple[int, ...] = (1, 8, 32)
     """Texts written together, in parallel mode and by the baselines that write left to right."""
     baselines: tuple[Baseline, ...] = ("autoregressive", "masked-diffusion", "gpt2")
     """Other kinds of model of the same shape, with random weights; gpt2 is the one of `transformers`."""
     diffusion_steps: tuple[int, ...] = (256, 1024)
     """Steps of the masked-diffusion sampler, which writes one text at a time."""
+    static_shapes: bool = False
+    """Pad rows to a few sizes; on a GPU, replay recorded steps."""
     rounds: int = 5
     """Times each is measured, in turns."""
     clock: Literal["wall", "cpu"] = "wall"
@@ -69,7 +75,8 @@ class DecodeBenchOptions:
     """Where to compute."""
 
     def __post_init__(self) -> None:
-        at_least_one(self, "vocab_size", "tokens", "rounds", "streams", "exact_streams", "batches", "diffusion_steps")
+        at_least_one(self, "vocab_size", "tokens", "rounds", "exact_texts")
+        at_least_one(self, "streams", "exact_streams", "batches", "diffusion_steps")
         if not self.streams or not self.batches:
             raise ValueError("streams and batches must hold a number each")
 
@@ -93,13 +100,18 @@ def main(arguments: Sequence[str]) -> None:
 
     written: _Written = {}
     contestants: dict[str, Callable[[], object]] = {}
-    engine = Engine(network, max_slots=max(batch for batch, _ in parallel.values()))
-    for name, (batch, params) in [*parallel.items(), *exact.items()]:
-        contestants[name] = _decode(engine, batch, params, name, written)
+    max_slots = max(batch for batch, _ in parallel.values())
+    engine = Engine(network, max_slots=max_slots, static_shapes=chosen.static_shapes)
+    for name, (batch, params) in parallel.items():
+        contestants[name] = _decode(engine, [[params] * batch], name, written)
+    for name, (_, params) in exact.items():
+        texts = [[replace(params, seed=seed)] for seed in range(chosen.exact_texts)]
+        contestants[name] = _decode(engine, texts, name, written)
     contestants |= {name: run for name, (_, run) in others.items()}
+    weights = random_weights(step_products(config, 1, n_tokens, 1)[0], device, dtype)
     for name, (batch, params) in parallel.items():
         products = step_products(config, batch, n_tokens, params.n_streams)
-        contestants[f"{name}, products"] = products_runner(products, device, dtype)
+        contestants[f"{name}, products"] = products_runner(products, weights)
     clock = time.process_time if chosen.clock == "cpu" else time.perf_counter
     seconds = {name: spread(each) for name, each in interleaved(contestants, chosen.rounds, device, clock).items()}
 
@@ -155,7 +167,7 @@ def _parallel_table(parallel: _Requests, written: _Written, seconds: _Seconds) -
     first: dict[int, float] = {}
     print(f"{'':18}{'tokens/s':>10}{'to first':>9}{'ms a step':>11}{'products':>10}{'ratio':>7}")
     for name, (batch, params) in parallel.items():
-        one = result[name] = _measured(seconds[name], batch * params.max_tokens, written[name].steps)
+        one = result[name] = _measured(seconds[name], batch * params.max_tokens, written[name][0].steps)
         one["speed_up"] = one["tokens_per_second"] / first.setdefault(batch, one["tokens_per_second"])
         one["product_seconds"] = seconds[f"{name}, products"]["median"] / one["steps"]
         one["to_products"] = one["step_seconds"] / one["product_seconds"]
@@ -171,12 +183,15 @@ def _exact_table(exact: _Requests, written: _Written, seconds: _Seconds) -> dict
     result: dict[str, dict[str, Any]] = {}
     print(f"{'':18}{'tokens/s':>10}{'steps':>9}{'ms a step':>11}{'accepted':>10}{'time to parallel':>18}")
     for name, (_, params) in exact.items():
-        one = result[name] = _measured(seconds[name], params.max_tokens, written[name].steps)
-        one["accepted"], one["rejected"] = written[name].accepted, written[name].rejected
-        one["to_parallel"] = seconds[name]["median"] / seconds[f"batch 1, S={params.n_streams}"]["median"]
+        texts = written[name]
+        n_tokens = len(texts) * params.max_tokens
+        one = result[name] = _measured(seconds[name], n_tokens, sum(text.steps for text in texts))
+        one["accepted"], one["rejected"] = (sum(getattr(t, kind) for t in texts) for kind in ("accepted", "rejected"))
+        parallel = seconds[f"batch 1, S={params.n_streams}"]["median"]
+        one["to_parallel"] = seconds[name]["median"] / (len(texts) * parallel)
         print(
-            f"{name:18}{one['tokens_per_second']:10,.0f}{one['steps']:9}{one['step_seconds'] * 1e3:11.2f}"
-            f"{one['accepted'] / params.max_tokens:10.1%}{one['to_parallel']:18.2f}"
+            f"{name:18}{one['tokens_per_second']:10,.0f}{one['steps'] / len(texts):9.1f}"
+            f"{one['step_seconds'] * 1e3:11.2f}{one['accepted'] / n_tokens:10.1%}{one['to_parallel']:18.2f}"
         )
     return result
 
@@ -205,16 +220,18 @@ def step_products(config: ModelConfig, batch: int, n_tokens: int, n_streams: int
     ]
 
 
-def _decode(engine: Engine, batch: int, params: SamplingParams, name: str, written: _Written) -> Callable[[], object]:
-    """A contestant that leaves one of its texts, which are the same in every round, in `written`."""
+def _decode(
+    engine: Engine, batches: Sequence[Sequence[SamplingParams]], name: str, written: _Written
+) -> Callable[[], object]:
+    """A contestant that writes one batch after the other, and leaves its texts in `written`, the same in each round."""
 
     def run() -> None:
-        for _ in range(batch):
-            engine.submit([], params)
-        while not engine.idle:
-            for event in engine.step():
-                if event.completion is not None:
-                    written[name] = event.completion
+        written[name] = []
+        for batch in batches:
+            for params in batch:
+                engine.submit([], params)
+            while not engine.idle:
+                written[name] += [event.completion for event in engine.step() if event.completion is not None]
 
     return run
 

@@ -113,17 +113,19 @@ def forward_products(config: ModelConfig, content_rows: int, query_rows: int, he
     return [*products, (head_rows, d, config.vocab_size)]
 
 
-def products_runner(
-    steps: Sequence[Sequence[Product]], device: torch.device, dtype: torch.dtype
-) -> Callable[[], object]:
-    """A function that computes the products of every step on random matrices.
+def random_weights(products: Sequence[Product], device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+    """One for each product, stored by output, as a model's are."""
+    return [torch.randn(n_out, n_in, device=device, dtype=dtype) for _, n_in, n_out in products]
 
-    Within a step weights are distinct and stored by output, as a model's are; all steps have the same weights and may
-    differ in rows.
+
+def products_runner(steps: Sequence[Sequence[Product]], weights: Sequence[torch.Tensor]) -> Callable[[], object]:
+    """A function that computes the products of every step on random rows, in the way that decoding computes them.
+
+    All steps have the same weights and may differ in rows.
     """
-    weights = [torch.randn(n_out, n_in, device=device, dtype=dtype) for _, n_in, n_out in steps[0]]
+    like = weights[0]
     shapes = {(rows, n_in) for products in steps for rows, n_in, _ in products}
-    inputs = {shape: torch.randn(shape, device=device, dtype=dtype) for shape in shapes}
+    inputs = {shape: torch.randn(shape, device=like.device, dtype=like.dtype) for shape in shapes}
 
     @torch.inference_mode()
     def run() -> None:

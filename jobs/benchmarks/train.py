@@ -19,6 +19,7 @@ from jobs.benchmarks.measure import (
     interleaved,
     peak_bytes,
     products_runner,
+    random_weights,
     spread,
 )
 from jobs.terminal import bytes_text
@@ -76,7 +77,8 @@ def main(arguments: Sequence[str]) -> None:
     ):
         contestants[name] = _step(kind(config, generator=seeded("bench")).to(device, dtype), tokens, drawn)
     memory = {name: peak_bytes(run, device) for name, run in contestants.items()}
-    contestants["bare products"] = products_runner([forward + backward], device, dtype)
+    products = forward + backward
+    contestants["bare products"] = products_runner([products], random_weights(products, device, dtype))
     seconds = interleaved(contestants, chosen.rounds, device)
     flops = {name: rows * _flops(name, config) for name in memory}
     flops["bare products"] = 3 * sum(2 * m * k * n for m, k, n in forward)

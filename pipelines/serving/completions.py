@@ -23,7 +23,7 @@ class Completions:
         self._max_length = model.config.max_length
         self._vocab_size = model.config.vocab_size
         self._fingerprint = fingerprint
-        engine = Engine(model, max_slots=config.max_slots, device=device)
+        engine = Engine(model, max_slots=config.max_slots, device=device, static_shapes=config.static_shapes)
         self.loop = EngineLoop(engine, max_slots=config.max_slots, max_queued=config.max_queued)
         self._facts = {
             "max_model_len": self._max_length,

@@ -29,6 +29,8 @@ class DeployConfig:
     """Most streams a request may ask for."""
     max_slots: int = 8
     """Sequences an engine decodes together."""
+    static_shapes: bool = False
+    """Pad what a step computes to a few sizes; on a GPU, replay recorded steps. On a CPU it only costs."""
     max_queued: int = 64
     """Sequences that may wait for a slot; a request beyond them is answered 429."""
     max_choices: int = 64
