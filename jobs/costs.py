@@ -20,6 +20,7 @@ PREFIX_CHUNK = 128
 # after its activation (4 each). In float32, which is for CPUs, the norms are not fused and keep more.
 _KEPT_A_ROW = {True: 17, False: 22}
 _KEPT_KEYS_VALUES_ONLY = 4
+_KEPT_OUTSIDE_LAYERS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +136,7 @@ def memory(config: ModelConfig, train: TrainConfig, n_parameters: int, *, bfloat
     width = 2 if bfloat16 else 4
     share = 1 / train.n_workers
     rows = train.micro_batch_size * config.max_length
-    kept = _KEPT_A_ROW[bfloat16] * (config.n_two_stream_layers - 1 + config.n_layers) + _KEPT_KEYS_VALUES_ONLY
+    kept = _kept_a_row(config, train, bfloat16=bfloat16)
     # At the start of the backward pass: log-probabilities and two gradients in float32, one more in bfloat16.
     logits = 14 if bfloat16 else 12
     return Memory(
@@ -147,6 +148,16 @@ def memory(config: ModelConfig, train: TrainConfig, n_parameters: int, *, bfloat
         activations=width * rows * config.d_model * kept,
         logits=logits * rows * config.vocab_size,
     )
+
+
+def _kept_a_row(config: ModelConfig, train: TrainConfig, *, bfloat16: bool) -> float:
+    """Tensors as wide as the model that are kept a row for the backward pass of all layers."""
+    n_both = config.n_two_stream_layers - 1  # the last one brings keys and values alone of its content
+    if not train.activation_checkpointing:
+        return _KEPT_A_ROW[bfloat16] * (n_both + config.n_layers) + _KEPT_KEYS_VALUES_ONLY
+    # What enters each layer; what the first query and the last norm keep; and all of the layer that is computed again.
+    entering = 2 * config.n_two_stream_layers + (config.n_layers - config.n_two_stream_layers)
+    return entering + _KEPT_OUTSIDE_LAYERS + _KEPT_A_ROW[bfloat16] * (2 if n_both else 1)
 
 
 def checkpoint_bytes(train: TrainConfig, n_parameters: int, *, bfloat16: bool) -> float:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from armd.model import ARMD
 from armd.models import MODELS, Model
 from armd.objective import Drawn, nats
 from armd.optim import adamw, learning_rate
@@ -83,6 +84,8 @@ class Worker:
         vocab_size = _tokenizer(job.corpus).vocab_size
         model_config = self.config.architecture.model_config(vocab_size, self.length)
         model = MODELS[self.config.model](model_config, generator=seeded("weights", self.config.seed)).to(self.device)
+        if isinstance(model, ARMD):
+            model.activation_checkpointing = self.config.activation_checkpointing
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         optimizer = adamw(
             model,

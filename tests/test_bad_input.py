@@ -159,6 +159,7 @@ USAGE = [
     ("run demo --train.prefix-probability 1.5", "1.5", "--train.prefix-probability"),
     ("run demo --train.ema-decay 1.5", "1.5", "--train.ema-decay"),
     ("run demo --train.permutation-steps 3", "3", "--train.permutation-steps"),
+    ("run demo --train.activation-checkpointing --train.model autoregressive", "autoregressive", "default, False"),
     ("run demo --train.architecture.n-heads 7", "7", "n-heads"),
     ("run demo --train.architecture.n-two-stream-layers 9", "9", "--train.architecture.n-two-stream-layers"),
     ("run demo --corpus.vocab-size 10", "10", "--corpus.vocab-size"),

@@ -1,6 +1,7 @@
 """The HTTP application and the engine's loop in this process, without Ray: every answer but the proxy's own."""
 
 import asyncio
+import dataclasses
 import json
 import logging
 import re
@@ -238,6 +239,14 @@ def test_a_full_queue_is_429_and_recovers(server: Server) -> None:
     assert 1 <= int(refused.headers["retry-after"]) <= 5
     assert filled.status_code == 200
     assert server.complete(prompt="a", max_tokens=1).status_code == 200
+
+
+def test_static_shapes_change_no_text(made: Callable[..., Server], server: Server) -> None:
+    static = made(dataclasses.replace(CONFIG, static_shapes=True))
+    assert static.engine.completions.loop._engine.decoder.static_shapes
+    body = {"prompt": "the quick", "max_tokens": 20, "seed": 5}
+    texts = [one.complete(**body).json()["choices"][0]["text"] for one in (server, static)]
+    assert texts[0] == texts[1]
 
 
 def test_a_client_that_goes_frees_its_slots_within_a_step(server: Server) -> None:

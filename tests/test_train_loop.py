@@ -191,6 +191,18 @@ def test_two_workers_and_any_zero_stage_give_one_workers_losses(
         assert loaded == pytest.approx(reference[-3], rel=1e-5)  # the last validation, left to right
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_activations_computed_again_change_nothing(
+    corpus: str, uninterrupted: Path, tmp_path: Path, stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where parameters are sharded too, and gathered anew for it."""
+    changes = {"activation_checkpointing": True, "steps": 2, "strided_steps": 1}
+    run(corpus, tmp_path / "plain", ema_decay=0.9, **{**changes, "activation_checkpointing": False})
+    run(corpus, tmp_path / "again", partition_everything, n_workers=2, zero_stage=stage, ema_decay=0.9, **changes)
+    plain, again = ([r["loss"] for r in read_metrics(str(tmp_path / name))] for name in ("plain", "again"))
+    assert again == pytest.approx(plain, rel=1e-5)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bfloat16_learns_what_float32_learns(corpus: str, uninterrupted: Path, tmp_path: Path, stage: int) -> None:
     summary = run(corpus, tmp_path, n_workers=2, zero_stage=stage, dtype="bfloat16")
