@@ -37,6 +37,12 @@ def _mixed(config: TrainConfig, *, share: float, **changes: Any) -> TrainConfig:
     return _one_phase(config, mix_after=config.total_steps // 10, strided_share=share, **changes)
 
 
+def _every_layer_two_stream(config: TrainConfig) -> TrainConfig:
+    """The mixed recipe with no causal layer on top."""
+    architecture = dataclasses.replace(config.architecture, n_two_stream_layers=config.architecture.n_layers)
+    return _mixed(config, share=0.5, streams=(2, 4, 8), architecture=architecture)
+
+
 CONTESTANTS = {
     "autoregressive": Contestant(label="autoregressive", train=partial(_changed, model="autoregressive")),
     "left-to-right": Contestant(label="ARMD, left to right only", train=_one_phase),
@@ -51,6 +57,7 @@ CONTESTANTS = {
         label="ARMD, mixed, 30% strided, 30% infilling",
         train=partial(_mixed, share=0.3, streams=(2, 4, 8), infilling_share=0.3),
     ),
+    "mixed-two-stream": Contestant(label="ARMD, mixed, every layer two-stream", train=_every_layer_two_stream),
     "masked-diffusion": Contestant(label="masked diffusion", train=partial(_changed, model="masked_diffusion")),
 }
 """Contestants by the name that the command line takes."""

@@ -57,7 +57,7 @@ def test_a_larger_study_reuses_the_smaller_ones_runs(corpus: CorpusConfig) -> No
 
 
 def test_contestants_differ_in_model_and_orders_alone() -> None:
-    """Equal data, steps, batch and optimiser: what the paper compares."""
+    """Equal data, steps, batch, optimiser and widths: what the paper compares."""
     shared = replicate().train
     own = {
         "model",
@@ -68,6 +68,7 @@ def test_contestants_differ_in_model_and_orders_alone() -> None:
         "strided_share",
         "infilling_share",
         "mix_after",
+        "architecture",
     }
     plain = {name: value for name, value in dataclasses.asdict(shared).items() if name not in own}
     for name, contestant in CONTESTANTS.items():
@@ -75,6 +76,8 @@ def test_contestants_differ_in_model_and_orders_alone() -> None:
         fields = dataclasses.asdict(config)
         assert {field: value for field, value in fields.items() if field not in own} == plain, name
         assert config.total_steps == shared.total_steps, name
+        streams = {"n_two_stream_layers": shared.architecture.n_two_stream_layers}
+        assert dataclasses.replace(config.architecture, **streams) == shared.architecture, name
     changed = {name: contestant.train(shared) for name, contestant in CONTESTANTS.items()}
     assert len(set(map(repr, changed.values()))) == len(changed), "two contestants are the same"
     assert changed["autoregressive"].model == "autoregressive"
