@@ -82,7 +82,7 @@ class Order:
         Raises:
             ValueError: `positions` is not a permutation, or `blocks` does not count up from 0 without gaps.
         """
-        positions = torch.as_tensor(positions, dtype=torch.int64)
+        positions = _whole("positions", positions)
         if positions.ndim not in (1, 2) or positions.shape[-1] == 0:
             raise ValueError(f"positions must have shape (N,) or (B, N) with N > 0, not {tuple(positions.shape)}")
         everywhere = torch.arange(positions.shape[-1])
@@ -90,7 +90,7 @@ class Order:
             raise ValueError(f"positions must be a permutation of 0..{positions.shape[-1] - 1} by rank")
         if blocks is None:
             return _single(positions)
-        blocks = torch.as_tensor(blocks, dtype=torch.int64)
+        blocks = _whole("blocks", blocks)
         if blocks.shape != positions.shape:
             raise ValueError(f"blocks have shape {tuple(blocks.shape)}, positions {tuple(positions.shape)}")
         steps = blocks.diff(dim=-1)
@@ -176,6 +176,14 @@ def stream_blocks(positions: Sequence[int], n_streams: int) -> list[list[int]]:
 
 def _single(positions: Tensor) -> Order:
     return Order(positions, torch.arange(positions.shape[-1]).expand_as(positions), 1)
+
+
+def _whole(name: str, values: Sequence[int] | Tensor) -> Tensor:
+    """`values` as int64; numbers that are not whole would be cut off without a word."""
+    found = torch.as_tensor(values)
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        raise ValueError(f"{name} must be whole numbers, not {str(found.dtype).removeprefix('torch.')}")
+    return found.to(torch.int64)
 
 
 def _length(length: int) -> int:

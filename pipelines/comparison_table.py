@@ -1,5 +1,6 @@
 """A comparison's tables and findings as rows of text: for the terminal, for Markdown and for the page."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ def gaps(contestants: Sequence[Mapping[str, Any]]) -> tuple[Row, list[Row]]:
                 [
                     one["label"],
                     name,
-                    f"{perplexity_ratio(above['mean']):+.1%}",
+                    _more_perplexity(above),
                     with_spread(measured["order_gap"]),
                     with_spread(measured["independence_gap"]),
                     with_spread(measured["cost_of_a_stream"], 2),
@@ -98,6 +99,13 @@ def with_spread(found: Mapping[str, Any] | None, digits: int = 3, *, sign: bool 
     return mean if found["deviation"] is None else f"{mean} +- {found['deviation']:.{digits}f}"
 
 
+def _more_perplexity(above: Mapping[str, Any]) -> str:
+    """+2.1% +- 0.1%: how much more perplexity so many nats a token more are."""
+    found = [perplexity_ratio(nats) for nats in above["values"]]
+    spread = f" +- {statistics.stdev(found):.1%}" if len(found) > 1 else ""
+    return f"{perplexity_ratio(above['mean']):+.1%}{spread}"
+
+
 def _within(one: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, most in WITHIN.items():
@@ -105,7 +113,8 @@ def _within(one: Mapping[str, Any]) -> list[str]:
             above = difference(one["streams"][name]["nats_per_token"], one["left_to_right"])
             share = perplexity_ratio(above["mean"])
             verdict = "within" if share <= most else "more than"
-            lines.append(f"{one['label']}: S={name} costs {share:+.1%} perplexity, {verdict} the {most:.0%} expected.")
+            cost = _more_perplexity(above)
+            lines.append(f"{one['label']}: S={name} costs {cost} perplexity, {verdict} the {most:.0%} expected.")
     return lines
 
 

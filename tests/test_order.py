@@ -87,6 +87,15 @@ def test_given_refuses_what_is_no_order(positions: list[int], blocks: list[int] 
         Order.given(positions, blocks)
 
 
+def test_given_refuses_what_it_would_have_to_cut_off() -> None:
+    """Fails with `torch.as_tensor(values, dtype=torch.int64)`, which makes [0.9, 1.2] an order."""
+    with pytest.raises(ValueError, match="positions must be whole numbers, not float32"):
+        Order.given([0.9, 1.2])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="blocks must be whole numbers, not bool"):
+        Order.given([0, 1], torch.tensor([False, True]))
+    assert Order.given(torch.tensor([1, 0], dtype=torch.int32)).positions.dtype == torch.int64
+
+
 def test_stream_blocks_refuses_no_streams() -> None:
     with pytest.raises(ValueError, match="0"):
         stream_blocks(range(4), 0)
