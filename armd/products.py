@@ -18,7 +18,7 @@ from torch import Tensor
 MOST_ROWS = 4
 """With more, `rows @ weight.T` is as fast as its mirror image, or faster."""
 
-_LEAST_WEIGHT = 1 << 18
+_LEAST_WEIGHT = 1 << 19
 """Elements of a weight below which there is nothing to gain."""
 
 _MEASURED = 1 << 22
@@ -31,8 +31,8 @@ _CLEARLY = 1.15
 def product(rows_MI: Tensor, weight_OI: Tensor, onto_MO: Tensor | None = None) -> Tensor:
     """`rows @ weight.T` (M, O), added to `onto` where that is given."""
     n_out, n_in = weight_OI.shape
-    few = len(rows_MI) <= MOST_ROWS and n_out * n_in >= _LEAST_WEIGHT and rows_MI.device.type == "cpu"
-    if few and rows_MI.dtype == torch.float32 and mirror_is_faster(len(rows_MI), n_in, n_out):
+    few = rows_MI.shape[0] <= MOST_ROWS and n_out * n_in >= _LEAST_WEIGHT and rows_MI.device.type == "cpu"
+    if few and rows_MI.dtype == torch.float32 and mirror_is_faster(rows_MI.shape[0], n_in, n_out):
         made_MO = mirrored(rows_MI, weight_OI)
         return made_MO if onto_MO is None else onto_MO + made_MO
     return F.linear(rows_MI, weight_OI) if onto_MO is None else torch.addmm(onto_MO, rows_MI, weight_OI.t())

@@ -8,7 +8,7 @@ import torch
 from armd import ARMD, Engine, ModelConfig, SamplingParams, products
 from tests.orders import generator
 
-WIDE = (512, 512)
+WIDE = (1024, 512)
 """The least weight that is computed either way."""
 
 
@@ -32,7 +32,7 @@ def test_the_mirror_image_is_the_product(choose: Callable[[bool], list[int]], n_
     """Fails without `[:n_rows]` in mirrored, and without `onto` in product."""
     taken = choose(True)
     rows, weight = torch.randn(n_rows, 512, generator=generator()), torch.randn(WIDE, generator=generator(1))
-    base = torch.randn(n_rows, 512, generator=generator(2)) if onto else None
+    base = torch.randn(n_rows, 1024, generator=generator(2)) if onto else None
     expected = (rows.double() @ weight.double().t() + (0 if base is None else base.double())).float()
     got = products.product(rows, weight, base)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
@@ -40,7 +40,7 @@ def test_the_mirror_image_is_the_product(choose: Callable[[bool], list[int]], n_
     assert taken == ([n_rows] if n_rows <= products.MOST_ROWS else [])
 
 
-@pytest.mark.parametrize(("shape", "dtype"), [((512, 511), torch.float32), (WIDE, torch.bfloat16)])
+@pytest.mark.parametrize(("shape", "dtype"), [((1024, 511), torch.float32), (WIDE, torch.bfloat16)])
 def test_small_weights_and_other_types_are_left_to_the_library(
     choose: Callable[[bool], list[int]], shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
