@@ -110,13 +110,16 @@ def render(
     return storage.redacted(page)
 
 
-def fill(template: str, **parts: str) -> str:
-    """A page of this package with its style and `parts`, which are HTML, in their places."""
+def fill(template: str, *, title: str, subtitle: str, **parts: str) -> str:
+    """A page of this package: its frame and style, and `parts`, which are HTML, in the places of `template`."""
     folder = importlib.resources.files("pipelines")
-    style = string.Template(folder.joinpath("report_style.css").read_text(encoding="utf-8"))
-    page = string.Template(folder.joinpath(template).read_text(encoding="utf-8"))
-    version = escape(versions()["armd"] or "from source")
-    return page.substitute(parts, style=style.substitute(sections.ramp()), armd_version=version)
+
+    def filled(name: str, places: Mapping[str, str]) -> str:
+        return string.Template(folder.joinpath(name).read_text(encoding="utf-8")).substitute(places)
+
+    frame = {"title": title, "subtitle": subtitle, "armd_version": escape(versions()["armd"] or "from source")}
+    frame["style"] = filled("report_style.css", sections.ramp())
+    return filled("page_frame.html", {**frame, "body": filled(template, parts)})
 
 
 def _subtitle(manifests: Mapping[str, Mapping[str, Any]], commit: str | None) -> str:
