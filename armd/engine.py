@@ -38,7 +38,8 @@ class Engine:
     one caller submits, steps and cancels.
 
     Whatever runs beside it, a request gets the tokens that it gets alone, and their log-probabilities to rounding, as
-    products of other row counts add in another order.
+    products of other row counts add in another order. So it is from one process to another, where a machine computes
+    products of few rows on either side equally fast (products.py).
 
     Args:
         max_slots: texts that are written at once.
@@ -61,7 +62,7 @@ class Engine:
         memory_bytes: int | None = None,
         static_shapes: bool = False,
     ) -> None:
-        if not isinstance(model, ARMD):
+        if not isinstance(getattr(model, "_orig_mod", model), ARMD):  # compiled or not
             raise ValueError(f"an engine decodes with ARMD, not with {type(model).__name__}")
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be at least 1, not {prefill_chunk}")

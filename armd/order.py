@@ -181,7 +181,7 @@ def _single(positions: Tensor) -> Order:
 def _whole(name: str, values: Sequence[int] | Tensor) -> Tensor:
     """`values` as int64; numbers that are not whole would be cut off without a word."""
     found = torch.as_tensor(values)
-    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+    if found.numel() and (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool):
         raise ValueError(f"{name} must be whole numbers, not {str(found.dtype).removeprefix('torch.')}")
     return found.to(torch.int64)
 

@@ -21,17 +21,18 @@ MOST_ROWS = 4
 _LEAST_WEIGHT = 1 << 19
 """Elements of a weight below which there is nothing to gain."""
 
-_MEASURED = 1 << 22
-"""Elements of all weights of a measurement, 16 MB: more than a core's cache holds, as a model's are."""
+_MEASURED = 1 << 24
+"""Elements of all weights of a measurement, 64 MB: more than the caches hold, as a model's weights are."""
 
-_CLEARLY = 1.15
-"""How many times faster the mirror image must be: a near tie should not be decided anew in every process."""
+_CLEARLY = 1.25
+"""How many times faster the mirror image must be. What is near this may be decided otherwise in another process, whose
+results then differ by rounding."""
 
 
 def product(rows_MI: Tensor, weight_OI: Tensor, onto_MO: Tensor | None = None) -> Tensor:
     """`rows @ weight.T` (M, O), added to `onto` where that is given."""
     n_out, n_in = weight_OI.shape
-    few = rows_MI.shape[0] <= MOST_ROWS and n_out * n_in >= _LEAST_WEIGHT and rows_MI.device.type == "cpu"
+    few = 0 < rows_MI.shape[0] <= MOST_ROWS and n_out * n_in >= _LEAST_WEIGHT and rows_MI.device.type == "cpu"
     if few and rows_MI.dtype == torch.float32 and mirror_is_faster(rows_MI.shape[0], n_in, n_out):
         made_MO = mirrored(rows_MI, weight_OI)
         return made_MO if onto_MO is None else onto_MO + made_MO
@@ -48,9 +49,9 @@ def mirrored(rows_MI: Tensor, weight_OI: Tensor) -> Tensor:
 
 @functools.cache
 def mirror_is_faster(n_rows: int, n_in: int, n_out: int) -> bool:
-    """Whether this machine computes the mirror image clearly faster, in float32, with the threads that it has now."""
+    """Whether this machine computes the mirror image clearly faster, in float32, with the threads of the first call."""
     n_out = min(n_out, max(1, _MEASURED // n_in))  # a part of a large vocabulary says as much
-    rows_MI, weights = torch.ones(n_rows, n_in), torch.ones(max(1, _MEASURED // (n_in * n_out)), n_out, n_in).unbind()
+    rows_MI, weights = torch.ones(n_rows, n_in), torch.ones(-(-_MEASURED // (n_in * n_out)), n_out, n_in).unbind()
     straight, other = (_seconds(compute, rows_MI, weights) for compute in (F.linear, mirrored))
     return straight > _CLEARLY * other
 

@@ -30,8 +30,8 @@ class Recorded(NamedTuple):
 class Recorder:
     """Runs steps; from the second one of a plan on they are recorded ones.
 
-    Recorded steps share the memory in which they compute: they run one after the other, and each keeps its logits
-    alone. So `most` of them, the ones replayed last, cost little more than one.
+    Recorded steps share the memory in which they compute, as they run one after the other; each keeps its logits alone,
+    (rows, V). `most` are kept, those used last: with many texts and a large vocabulary they are what this costs.
     """
 
     def __init__(self, most: int = 64) -> None:

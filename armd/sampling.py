@@ -6,9 +6,8 @@ float64, because a draw in float32 quietly lowers the temperature: its smallest 
 import math
 import operator
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Literal
 
 import torch
@@ -88,8 +87,8 @@ class SamplingParams:
             raise ValueError(f"temperature must be at least 0 and finite, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be more than 0 and at most 1, not {self.top_p}")
-        if not isinstance(self.stop_ids, Iterable):
-            raise ValueError(f"stop_ids must be token ids, not {self.stop_ids!r}")
+        if not isinstance(self.stop_ids, Collection):  # an iterator would be used up by the first look
+            raise ValueError(f"stop_ids must be a collection of token ids, not {self.stop_ids!r}")
         if not isinstance(self.logit_bias, Mapping):
             raise ValueError(f"logit_bias must be a mapping from tokens to numbers, not {self.logit_bias!r}")
         for token, bias in self.logit_bias.items():
@@ -148,7 +147,11 @@ def _is_whole(value: object) -> bool:
 
 
 def _check_number(name: str, value: object) -> None:
-    if not isinstance(value, Real):  # numpy's numbers are
+    try:
+        float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} must be a number, not {value!r}") from None
+    if isinstance(value, str):
         raise ValueError(f"{name} must be a number, not {value!r}")
 
 

@@ -27,6 +27,11 @@ def _changed(config: TrainConfig, **changes: Any) -> TrainConfig:
     return dataclasses.replace(config, **changes)
 
 
+def _baseline(config: TrainConfig, *, model: str) -> TrainConfig:
+    """Another model; none but ARMD computes activations again."""
+    return _changed(config, model=model, activation_checkpointing=False)
+
+
 def _one_phase(config: TrainConfig, **changes: Any) -> TrainConfig:
     """No permutation and no strided phase: all steps left to right, or as `changes` mix them."""
     return _changed(config, steps=config.total_steps, strided_steps=0, max_shuffled=0, **changes)
@@ -44,7 +49,7 @@ def _every_layer_two_stream(config: TrainConfig) -> TrainConfig:
 
 
 CONTESTANTS = {
-    "autoregressive": Contestant(label="autoregressive", train=partial(_changed, model="autoregressive")),
+    "autoregressive": Contestant(label="autoregressive", train=partial(_baseline, model="autoregressive")),
     "left-to-right": Contestant(label="ARMD, left to right only", train=_one_phase),
     "rho-0": Contestant(label="ARMD, rho=0, then strided", train=partial(_changed, max_shuffled=0)),
     "rho-8": Contestant(label="ARMD, rho=8, then strided", train=partial(_changed, max_shuffled=8)),
@@ -58,7 +63,7 @@ CONTESTANTS = {
         train=partial(_mixed, share=0.3, streams=(2, 4, 8), infilling_share=0.3),
     ),
     "mixed-two-stream": Contestant(label="ARMD, mixed, every layer two-stream", train=_every_layer_two_stream),
-    "masked-diffusion": Contestant(label="masked diffusion", train=partial(_changed, model="masked_diffusion")),
+    "masked-diffusion": Contestant(label="masked diffusion", train=partial(_baseline, model="masked_diffusion")),
 }
 """Contestants by the name that the command line takes."""
 

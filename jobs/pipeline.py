@@ -33,7 +33,14 @@ STAGES = tuple(_INPUTS)
 # modification time or ETag. The tokenizer counts by its content.
 _NOT_IDENTITY = {
     "corpus": ("sources", "validation_sources", "tokenizer"),
-    "train": ("checkpoint_every", "keep_checkpoints", "max_failures", "wait_for_nodes", "cache_bytes"),
+    "train": (
+        "checkpoint_every",
+        "keep_checkpoints",
+        "max_failures",
+        "wait_for_nodes",
+        "cache_bytes",
+        "activation_checkpointing",
+    ),
     "export": ("batch_size",),
     "measure": ("batch_size",),
 }

@@ -91,6 +91,7 @@ def make(recipe: Recipe | Study, *, root: str = "runs", tokens_per_second: float
     # One more checkpoint than are kept is there while the next is written.
     training_bytes = (n_runs * train.keep_checkpoints + 1) * checkpoint
     export_bytes = n_runs * costs.export_bytes(n_parameters)
+    again = flops.layers + flops.attention if train.activation_checkpointing else 0.0
     return {
         "config": pipeline.resolved(recipe),
         "vocab_size": vocab_size,
@@ -116,7 +117,7 @@ def make(recipe: Recipe | Study, *, root: str = "runs", tokens_per_second: float
             "export": export_bytes,
             "total": training_bytes + export_bytes + (corpus_bytes or 0),
         },
-        "seconds": _seconds(n_tokens, flops.training, train.n_workers, tokens_per_second),
+        "seconds": _seconds(n_tokens, flops.training + again, train.n_workers, tokens_per_second),
     }
 
 

@@ -24,8 +24,12 @@ def s3_server(monkeypatch: pytest.MonkeyPatch, bucket: str) -> Iterator[Address]
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{address[0]}:{address[1]}")
     s3fs.S3FileSystem.clear_instance_cache()  # an instance keeps the endpoint that it first saw
-    http.client.HTTPConnection(*address).request("POST", "/moto-api/reset")  # what it stores is the process's
+    connection = http.client.HTTPConnection(*address)
+    connection.request("POST", "/moto-api/reset")  # what it stores is the process's
+    connection.getresponse().read()
     boto3.client("s3").create_bucket(Bucket=bucket)
-    yield address
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
+    try:
+        yield address
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
+        server.stop()

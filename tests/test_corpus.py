@@ -536,12 +536,14 @@ def test_ray_gives_the_same_files_and_passes_errors_on(
 def test_only_ray_datas_own_lines_are_silenced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails when every handler that writes to a stream is: then nobody's log hears from a server in this process."""
     logger, ours = logging.getLogger("ray.data"), logging.StreamHandler()
-    import ray.data  # noqa: F401 - it sets up its logger
+    import ray.data
 
-    monkeypatch.setattr(logger, "handlers", [*logger.handlers, ours])
+    console = next(handler for handler in logger.handlers if handler.name == "console")
+    monkeypatch.setattr(logger, "handlers", [console, ours])
+    monkeypatch.setattr(console, "level", console.level)  # and as it was, afterwards
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "enable_progress_bars", True)
     corpus_tasks._silence_ray_data()
-    levels = {handler.name or handler: handler.level for handler in logger.handlers}
-    assert (levels["console"], levels[ours]) == (logging.CRITICAL, logging.NOTSET)
+    assert (console.level, ours.level) == (logging.CRITICAL, logging.NOTSET)
 
 
 @pytest.fixture

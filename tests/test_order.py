@@ -87,6 +87,11 @@ def test_given_refuses_what_is_no_order(positions: list[int], blocks: list[int] 
         Order.given(positions, blocks)
 
 
+def test_given_says_that_nothing_is_no_order() -> None:
+    with pytest.raises(ValueError, match="must have shape"):
+        Order.given([])
+
+
 def test_given_refuses_what_it_would_have_to_cut_off() -> None:
     """Fails with `torch.as_tensor(values, dtype=torch.int64)`, which makes [0.9, 1.2] an order."""
     with pytest.raises(ValueError, match="positions must be whole numbers, not float32"):

@@ -136,6 +136,17 @@ def test_states_a_rank_by_zero_stage(stage: int, workers: int, bfloat16: bool, b
     assert averaged.total - memory.total == pytest.approx(4000 / (workers if stage == 3 else 1))
 
 
+def test_what_is_computed_again_takes_time(capsys: pytest.CaptureFixture[str]) -> None:
+    """All of the layers' forward pass, so less than a third more. Fails where the plan counts the memory alone."""
+    made = []
+    for options in ([], ["--train.activation-checkpointing"]):
+        assert main(["plan", "small", "--json", *options]) == 0
+        made.append(json.loads(capsys.readouterr().out))
+    plain, again = (next(iter(one["seconds"].values())) for one in made)
+    assert 1.2 < again / plain < 1.34
+    assert made[1]["memory_per_rank"]["activations"] < 0.25 * made[0]["memory_per_rank"]["activations"]
+
+
 def test_small_is_the_papers_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "small", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)

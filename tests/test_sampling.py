@@ -133,6 +133,7 @@ def test_a_seed_means_the_same_every_time() -> None:
         ("threshold", "high"),
         ("max_entropy", "low"),
         ("stop_ids", 3),
+        ("top_p", "0.5"),
         ("logit_bias", 3),
     ],
 )

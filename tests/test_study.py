@@ -58,7 +58,7 @@ def test_a_larger_study_reuses_the_smaller_ones_runs(corpus: CorpusConfig) -> No
 
 def test_contestants_differ_in_model_and_orders_alone() -> None:
     """Equal data, steps, batch, optimiser and widths: what the paper compares."""
-    shared = replicate().train
+    shared = dataclasses.replace(replicate().train, activation_checkpointing=True)
     own = {
         "model",
         "steps",
@@ -69,6 +69,7 @@ def test_contestants_differ_in_model_and_orders_alone() -> None:
         "infilling_share",
         "mix_after",
         "architecture",
+        "activation_checkpointing",
     }
     plain = {name: value for name, value in dataclasses.asdict(shared).items() if name not in own}
     for name, contestant in CONTESTANTS.items():
