@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from armd.products import Projection
+
 Kernel = Literal["causal", "flex", "mask"]
 """How attention is computed: plain causal kernels without a mask, FlexAttention over a block mask, a boolean mask."""
 
@@ -122,9 +124,9 @@ class Attention(nn.Module):
     def __init__(self, d_model: int, n_heads: int, *, null_key: bool) -> None:
         super().__init__()
         self.n_heads = n_heads
-        self.query = nn.Linear(d_model, d_model, bias=False)
-        self.key_value = nn.Linear(d_model, 2 * d_model, bias=False)
-        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.query = Projection(d_model, d_model)
+        self.key_value = Projection(d_model, 2 * d_model)
+        self.out = Projection(d_model, d_model)
         # What a strict query attends to where nothing comes before it: (key, value), (2, H, 1, A).
         self.null = nn.Parameter(torch.empty(2, n_heads, 1, d_model // n_heads)) if null_key else None
 

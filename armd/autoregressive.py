@@ -85,7 +85,7 @@ class AutoregressiveLM(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of normalised hidden rows (..., D)."""
-        return F.linear(hidden, self.embedding.weight)
+        return product(hidden, self.embedding.weight)
 
     def _hidden(self, tokens_BN: Tensor) -> Tensor:
         """The last layer's output (B, N, D), normalised: row n has seen tokens 1 .. n-1."""

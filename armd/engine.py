@@ -39,7 +39,7 @@ class Engine:
 
     Whatever runs beside it, a request gets the tokens that it gets alone, and their log-probabilities to rounding, as
     products of other row counts add in another order. So it is from one process to another, where a machine computes
-    products of few rows on either side equally fast (products.py).
+    products of few rows equally fast in several ways (products.py).
 
     Args:
         max_slots: texts that are written at once.

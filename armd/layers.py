@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from armd.attention import Attention, Mask
 from armd.config import ModelConfig
 from armd.prefix import sinusoids
+from armd.products import Projection
 
 
 class Layer(nn.Module):
@@ -23,8 +24,8 @@ class Layer(nn.Module):
         self.attention_norm = nn.RMSNorm(config.d_model, eps=1e-6)
         self.attention = Attention(config.d_model, config.n_heads, null_key=two_stream)
         self.mlp_norm = nn.RMSNorm(config.d_model, eps=1e-6)
-        self.mlp_in = nn.Linear(config.d_model, 4 * config.d_model, bias=False)
-        self.mlp_out = nn.Linear(4 * config.d_model, config.d_model, bias=False)
+        self.mlp_in = Projection(config.d_model, 4 * config.d_model)
+        self.mlp_out = Projection(4 * config.d_model, config.d_model)
 
     def both_streams(self, xg: Tensor, rotary: Tensor, causal: Mask = None, strict: Mask = None) -> Tensor:
         """Content and query stream (2, B, N, D) after the layer: queries from each, keys and values from content alone.

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from armd.attention import joined, rotary_angles
 from armd.config import ModelConfig
 from armd.layers import Layer, initialise
+from armd.products import product
 from armd.randomness import seeded
 from armd.sampling import SamplingParams, distribution, draw
 
@@ -103,7 +104,7 @@ class MaskedDiffusionLM(nn.Module):
 
     def _head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of normalised hidden rows (..., D)."""
-        return F.linear(hidden, self.embedding.weight[: self.mask_id])
+        return product(hidden, self.embedding.weight[: self.mask_id])
 
     def nats(self, tokens_BN: Tensor, drawn: Noise) -> tuple[Tensor, int]:
         """(one estimate of the negative ELBO in nats, summed over the batch; number of tokens, masked or not)."""

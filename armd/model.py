@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -27,6 +26,7 @@ from armd.config import ModelConfig
 from armd.layers import Layer, initialise
 from armd.order import Order
 from armd.prefix import aggregate
+from armd.products import product
 
 
 class ARMD(nn.Module):
@@ -105,7 +105,7 @@ class ARMD(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of normalised hidden rows (..., D)."""
-        return F.linear(hidden, self.embedding.weight)
+        return product(hidden, self.embedding.weight)
 
     def _masks(self, order: Order, kernel: Kernel) -> tuple[Mask, Mask]:
         """The causal mask and, over shifted keys, the strict one."""

@@ -1,46 +1,91 @@
-"""Products of few rows, as a decoding step of few texts has them.
+"""Products of rows and weights: the library's, unless this processor is known or measured to have a faster way.
 
-On a CPU such a product should take as long as reading its weight. Some libraries on some processors take two or three
-times as long for `rows @ weight.T`, and not for its mirror image `weight @ rows.T` (docs/decisions.md has figures);
-which of them is fast is asked of the machine, once a process for each shape.
+PyTorch leaves float32 products on a CPU to MKL, which does well on Intel's processors. On others it computes with half
+of their vector width, and products of few rows, as a decoding step has them, take two or three times as long as reading
+the weight (docs/decisions.md has figures). PyTorch brings a second library, oneDNN, which it takes for bfloat16 and in
+compiled code; and a product has a mirror image, `weight @ rows.T`. Elsewhere this is `torch.nn.functional.linear`.
 
 Shapes: M rows, I columns in, O columns out.
 """
 
 import functools
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 MOST_ROWS = 4
-"""With more, `rows @ weight.T` is as fast as its mirror image, or faster."""
+"""Up to here, which way is fastest depends on the shape, and is measured."""
+
+_LEAST_WORK = 1 << 20
+"""Multiplications below which oneDNN's overhead costs more than it gains."""
 
 _LEAST_WEIGHT = 1 << 19
-"""Elements of a weight below which there is nothing to gain."""
+"""Elements of a weight that caches hold, which is read quickly in any way."""
 
 _MEASURED = 1 << 24
 """Elements of all weights of a measurement, 64 MB: more than the caches hold, as a model's weights are."""
 
-_CLEARLY = 1.25
-"""How many times faster the mirror image must be. What is near this may be decided otherwise in another process, whose
+_CLEARLY = 1.1
+"""How many times faster another way must be. What is near this may be decided otherwise in another process, whose
 results then differ by rounding."""
 
+Way = Callable[[Tensor, Tensor], Tensor]
+"""Computes `rows @ weight.T`."""
 
-def product(rows_MI: Tensor, weight_OI: Tensor, onto_MO: Tensor | None = None) -> Tensor:
-    """`rows @ weight.T` (M, O), added to `onto` where that is given."""
+
+class Projection(nn.Linear):
+    """A weight without a bias, and its product with rows."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(..., O) from rows (..., I)."""
+        return product(rows, self.weight)
+
+
+def product(rows: Tensor, weight_OI: Tensor, onto: Tensor | None = None) -> Tensor:
+    """`rows @ weight.T` (..., O) of rows (..., I), added to `onto` (..., O) where that is given."""
+    compute = _way(rows, weight_OI)
+    if compute is not F.linear:
+        made = compute(rows, weight_OI)
+        return made if onto is None else onto + made
+    return F.linear(rows, weight_OI) if onto is None else torch.addmm(onto, rows, weight_OI.t())
+
+
+def _way(rows: Tensor, weight_OI: Tensor) -> Way:
+    """How to compute a product of these."""
     n_out, n_in = weight_OI.shape
-    few = 0 < rows_MI.shape[0] <= MOST_ROWS and n_out * n_in >= _LEAST_WEIGHT and rows_MI.device.type == "cpu"
-    if few and rows_MI.dtype == torch.float32 and mirror_is_faster(rows_MI.shape[0], n_in, n_out):
-        made_MO = mirrored(rows_MI, weight_OI)
-        return made_MO if onto_MO is None else onto_MO + made_MO
-    return F.linear(rows_MI, weight_OI) if onto_MO is None else torch.addmm(onto_MO, rows_MI, weight_OI.t())
+    n_rows = rows.numel() // n_in
+    if (
+        n_rows * n_in * n_out < _LEAST_WORK
+        or not rows.dtype == weight_OI.dtype == torch.float32
+        or rows.device.type != "cpu"
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+    ):
+        return F.linear
+    if n_rows <= MOST_ROWS and n_in * n_out >= _LEAST_WEIGHT:
+        return fastest(n_rows, n_in, n_out)
+    # Not measured: training must come to the same numbers, to the bit, when it goes on in another process.
+    return by_onednn if mkl_is_slow() else F.linear
+
+
+def by_onednn(rows: Tensor, weight_OI: Tensor) -> Tensor:
+    """`rows @ weight.T` (..., O) by oneDNN."""
+    if torch.is_grad_enabled() and (rows.requires_grad or weight_OI.requires_grad):
+        made: Tensor = _ByOneDNN.apply(rows, weight_OI)
+        return made
+    return _onednn(rows, weight_OI)
 
 
 def mirrored(rows_MI: Tensor, weight_OI: Tensor) -> Tensor:
-    """`rows @ weight.T` from the other side. One row is taken twice: a matrix times a vector may be slow as well."""
+    """`rows @ weight.T` (M, O) from the other side. One row is taken twice, as a matrix times a vector may be slow."""
     n_rows = len(rows_MI)
     if n_rows == 1:
         rows_MI = rows_MI.repeat(2, 1)
@@ -48,20 +93,82 @@ def mirrored(rows_MI: Tensor, weight_OI: Tensor) -> Tensor:
 
 
 @functools.cache
-def mirror_is_faster(n_rows: int, n_in: int, n_out: int) -> bool:
-    """Whether this machine computes the mirror image clearly faster, in float32, with the threads of the first call."""
+def mkl_is_slow() -> bool:
+    """Whether MKL computes with half of the vector width that this processor and oneDNN have."""
+    return (
+        torch.backends.mkl.is_available()
+        and has_onednn()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and _vendor() not in ("GenuineIntel", None)
+    )
+
+
+def has_onednn() -> bool:
+    """Whether oneDNN's product is here, under the name that PyTorch's compiler calls it by."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@functools.cache
+def fastest(n_rows: int, n_in: int, n_out: int) -> Way:
+    """The way in which this machine computes a product of this shape fastest; another than the library's where it is
+    clearly faster.
+
+    Measured in float32, with the threads of the first call, once a process for each shape.
+    """
     n_out = min(n_out, max(1, _MEASURED // n_in))  # a part of a large vocabulary says as much
     rows_MI, weights = torch.ones(n_rows, n_in), torch.ones(-(-_MEASURED // (n_in * n_out)), n_out, n_in).unbind()
-    straight, other = (_seconds(compute, rows_MI, weights) for compute in (F.linear, mirrored))
-    return straight > _CLEARLY * other
+    ways: list[Way] = [F.linear, by_onednn, mirrored] if has_onednn() else [F.linear, mirrored]
+    seconds = _seconds(ways, rows_MI, weights)
+    best = ways[0]
+    for way in ways[1:]:
+        if seconds[best] > _CLEARLY * seconds[way]:
+            best = way
+    return best
 
 
-def _seconds(compute: Callable[[Tensor, Tensor], Tensor], rows_MI: Tensor, weights: tuple[Tensor, ...]) -> float:
-    """What all the products take, the least of three measurements."""
-    times = []
+@torch.inference_mode()
+def _seconds(ways: Sequence[Way], rows_MI: Tensor, weights: Sequence[Tensor]) -> dict[Way, float]:
+    """What all the products take in each way, the least of three measurements, in turns."""
+    seconds = dict.fromkeys(ways, math.inf)
     for _ in range(3):
-        since = time.perf_counter()
-        for weight_OI in weights:
-            compute(rows_MI, weight_OI)
-        times.append(time.perf_counter() - since)
-    return min(times)
+        for compute in ways:
+            since = time.perf_counter()
+            for weight_OI in weights:
+                compute(rows_MI, weight_OI)
+            seconds[compute] = min(seconds[compute], time.perf_counter() - since)
+    return seconds
+
+
+class _ByOneDNN(torch.autograd.Function):
+    """Both gradients are products too."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor, weight_OI: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight_OI)
+        return _onednn(rows, weight_OI)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        rows, weight_OI = ctx.saved_tensors  # type: ignore[attr-defined]
+        of_rows, of_weight = ctx.needs_input_grad  # type: ignore[attr-defined]
+        gradient = gradient.contiguous()
+        gradient_MO, rows_MI = gradient.flatten(0, -2), rows.flatten(0, -2)
+        return (
+            _onednn(gradient, weight_OI.t()) if of_rows else None,
+            _onednn(gradient_MO.t(), rows_MI.t()) if of_weight else None,
+        )
+
+
+def _onednn(rows: Tensor, weight_OI: Tensor) -> Tensor:
+    made: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight_OI, None, "none", [], "")
+    return made
+
+
+def _vendor() -> str | None:
+    """The processor's maker, as x86 processors name it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("vendor_id"))
+    except (OSError, StopIteration):
+        return None
