@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipelines import runtime, storage
+from pipelines import allocator, runtime, storage
 from pipelines.errors import UserError, user_error_in
 from pipelines.manifest import read_manifest, write_manifest
 from pipelines.progress import Progress, silent
@@ -52,7 +52,7 @@ def _fit(config: TrainConfig, corpus: str, output_dir: str, use_gpu: bool, board
     job = Job(config=config, corpus=corpus, output=output_dir, device="cuda" if use_gpu else "cpu")
     environment = dict(runtime.WORKER_ENVIRONMENT)
     if not use_gpu:  # before DeepSpeed is imported; Ray hides no GPU from a worker that asked for none
-        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", **allocator.ENVIRONMENT}
     trainer = TorchTrainer(
         work,
         train_loop_config={"job": job, "board": board, "run": attempt},

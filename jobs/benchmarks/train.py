@@ -23,6 +23,7 @@ from jobs.benchmarks.measure import (
     spread,
 )
 from jobs.terminal import bytes_text
+from pipelines import allocator
 
 COMMAND = "armd bench train"
 AUTOREGRESSIVE = "autoregressive"
@@ -57,6 +58,7 @@ def main(arguments: Sequence[str]) -> None:
     """Run the benchmark and print its table and its line of JSON."""
     chosen = options.parse(TrainBenchOptions(), arguments, command=COMMAND, description=TrainBenchOptions.__doc__ or "")
     device, dtype = torch.device(chosen.device), getattr(torch, chosen.dtype)
+    allocator.keep_freed_memory()  # as the workers do
     config = ARCHITECTURES[chosen.architecture].model_config(chosen.vocab_size, chosen.length)
     model = ARMD(config, generator=seeded("bench")).to(device, dtype)
     tokens = torch.randint(chosen.vocab_size, (chosen.batch, chosen.length), generator=seeded("tokens")).to(device)
