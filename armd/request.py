@@ -234,7 +234,6 @@ class Request:
         """Keep drafts up to the first that is rejected; where none is, the first new draft stands as it was drawn."""
         n_before, end_before = len(self.tokens), self._end
         n_drafts = len(self._drafts)
-        self._drafts, self._draft_probabilities = [], None
         written: list[Written] = []
         n_kept = 0
         for row, kept in enumerate(choice.kept):
@@ -243,8 +242,11 @@ class Request:
             self._rejected += not kept
             # A stop token changes which positions are left, and so what later drafts may build on.
             if not kept or self._end != end_before:
+                assert self._draft_probabilities is not None, "drafts come with what they were drawn from"
+                self._drafts, self._draft_probabilities = self._drafts[row + 1 :], self._draft_probabilities[row + 1 :]
                 break
         else:
+            self._drafts, self._draft_probabilities = [], None
             if self._candidates:
                 written.append(self._write(self.blocks.popleft()[0], choice, n_drafts))
             others = enumerate(self._candidates[1:], start=n_drafts + 1)
