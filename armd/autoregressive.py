@@ -114,7 +114,7 @@ class _Decoder:
         storage = model.start.new_empty(config.n_layers, 2, n_texts, length, config.n_heads, head_width)
         self._model = model
         self._layers = [*map(CachedLayer, model.layers, storage)]
-        self._cosines, self._sines = rotary_rows(torch.arange(length, device=storage.device), head_width)
+        self._rotary = rotary_rows(torch.arange(length, device=storage.device), head_width)
         self._first_places_B = torch.arange(n_texts, device=storage.device) * length
         self._n_cached = 0
 
@@ -131,14 +131,14 @@ class _Decoder:
         start, end = self._n_cached, self._n_cached + n_rows
         self._n_cached = end
         places_M = (self._first_places_B[:, None] + torch.arange(start, end, device=x_BRD.device)).flatten()
-        cosines, sines = (each[start:end].repeat(2 * n_texts, 1, 1) for each in (self._cosines, self._sines))
+        rotary_M = self._rotary[start:end].repeat(2 * n_texts, 1, 1, 1)
         mask = None
         if n_rows > 1:
             mask = x_BRD.new_full((n_rows, end), -torch.inf).triu_(1 + start)
-        runs = [(slice(0, n_texts), slice(0, n_texts * n_rows), Seen(end, mask))]
+        runs = [(slice(0, n_texts), slice(0, n_texts * n_rows), Seen(slice(0, end), mask))]
         x_MD = x_BRD.flatten(0, 1)
         for layer in self._layers:
             normed_MD = layer.normed(x_MD)
-            q_MHA = layer.project(normed_MD, normed_MD, (cosines, sines), places_M)
+            q_MHA = layer.project(normed_MD, normed_MD, rotary_M, places_M)
             x_MD = layer.finish(x_MD, layer.attend(q_MHA, runs))
         return product(model.final_norm(x_MD[n_rows - 1 :: n_rows]), model.embedding.weight)

@@ -42,7 +42,7 @@ class Decoder:
             # One position more than there are, for the padding, which aggregates nothing.
             self._prefix_table = F.pad(model.prefix_table.float(), (0, 0, 0, 1))
             everywhere = torch.arange(config.max_length + 1, device=cache.prefix.device)
-            self._cosines, self._sines = rotary_rows(everywhere, config.d_model // config.n_heads)
+            self._rotary = rotary_rows(everywhere, config.d_model // config.n_heads)
 
     @torch.inference_mode()
     def step(self, work: Sequence[Work]) -> Tensor:
@@ -60,35 +60,31 @@ class Decoder:
 
     def _forward(self, rows: Rows) -> Tensor:
         """The logits of the rows that want them, padding included."""
-        model = self.model
-        x_MD = model.embedding(rows["tokens"])
+        model, n_content = self.model, rows.n_content
         g_MD = model.normalised_query(torch.cat([self._aggregate(run, rows) for run in rows.runs]))
-        both_MD = x_MD.new_empty(len(rows["positions"]), x_MD.shape[1])
-        both_MD[rows["content_rows"]] = x_MD
-        both_MD[rows["query_rows"]] = g_MD.to(x_MD.dtype)
+        both_MD = torch.cat([model.embedding(rows["tokens"]), g_MD.to(self.cache.content.dtype)])
+        rotary_M = self._rotary[rows["rotated"]]  # content, content, query, query
 
-        content_rows, query_rows, places_M = rows["content_rows"], rows["query_rows"], rows["content_places"]
-        content_positions = rows["positions"][content_rows]
-        rotary = self._rotary(rows["positions"], content_positions)
-        both = [(run.slots, run.both, run.both_seen) for run in rows.runs]
+        content = [(run.slots, run.content, run.content_seen) for run in rows.runs if _some(run.content)]
+        strict = [(run.slots, _behind(n_content, run.query), run.strict_seen) for run in rows.runs]
         *below, last = self._two_stream_layers
         for layer in below:
             normed_MD = layer.normed(both_MD)
-            q_MHA = layer.project(normed_MD, normed_MD[content_rows], rotary, places_M)
-            both_MD = layer.finish(both_MD, layer.attend(q_MHA, both))
+            rotary = rotary_M[: 2 * n_content + rows.n_query]
+            q_MHA = layer.project(normed_MD[:n_content], normed_MD, rotary, rows["content_places"])
+            both_MD = layer.finish(both_MD, layer.attend(q_MHA, content + strict))
 
         # Above the last one nobody reads X: content rows bring keys and values alone.
-        rotary = self._rotary(rows["query_positions"], content_positions)
         strict = [(run.slots, run.query, run.strict_seen) for run in rows.runs]
         normed_MD = last.normed(both_MD)
-        q_MHA = last.project(normed_MD[query_rows], normed_MD[content_rows], rotary, places_M)
-        g_MD = last.finish(both_MD[query_rows], last.attend(q_MHA, strict))
+        rotary = rotary_M[n_content : 2 * n_content + rows.n_query]
+        q_MHA = last.project(normed_MD[:n_content], normed_MD[n_content:], rotary, rows["content_places"])
+        g_MD = last.finish(both_MD[n_content:], last.attend(q_MHA, strict))
 
-        rotary = self._rotary(rows["query_positions"], rows["query_positions"])
         query = [(run.slots, run.query, run.query_seen) for run in rows.runs]
         for layer in self._causal_layers:
             normed_MD = layer.normed(g_MD)
-            q_MHA = layer.project(normed_MD, normed_MD, rotary, rows["query_places"])
+            q_MHA = layer.project(normed_MD, normed_MD, rotary_M[2 * n_content :], rows["query_places"])
             g_MD = layer.finish(g_MD, layer.attend(q_MHA, query))
         return product(model.final_norm(g_MD[rows["wanted"]]), model.embedding.weight)
 
@@ -97,21 +93,27 @@ class Decoder:
         state_BED = self.cache.prefix[run.slots]
         n_texts = len(state_BED)
         embedding = self.model.embedding.weight
-        if run.folded.start < run.folded.stop:
+        if _some(run.folded):
             p_BFE = self._prefix_table[rows["folded_positions"][run.folded]].unflatten(0, (n_texts, -1))
             x_BFD = F.embedding(rows["folded_tokens"][run.folded], embedding).float().unflatten(0, (n_texts, -1))
             state_BED.baddbmm_(p_BFE.mT, x_BFD)
         p_BRE = self._prefix_table[rows["query_positions"][run.query]].unflatten(0, (n_texts, -1))
         g_BRD = p_BRE @ state_BED
-        if run.pending.start < run.pending.stop:  # they are at the ranks of the first query rows
+        if _some(run.pending):  # they are at the ranks of the first query rows
             x_BPD = F.embedding(rows["pending_tokens"][run.pending], embedding).float().unflatten(0, (n_texts, -1))
-            starts_BR = rows["content_ends"][run.both].view(n_texts, -1)[:, -p_BRE.shape[1] :]
+            starts_BR = rows["starts"][run.query].view(n_texts, -1)
             first_B1 = rows["query_ranks"][run.query].view(n_texts, -1)[:, :1]
             pending_P = torch.arange(x_BPD.shape[1], device=x_BPD.device)
             seen_BRP = pending_P < (starts_BR - first_B1)[..., None]
             g_BRD = g_BRD + (p_BRE @ p_BRE[:, : len(pending_P)].mT * seen_BRP) @ x_BPD
         return g_BRD.flatten(0, 1)
 
-    def _rotary(self, query_positions_M: Tensor, key_positions_M: Tensor) -> tuple[Tensor, Tensor]:
-        positions_M = torch.cat([query_positions_M, key_positions_M])
-        return self._cosines[positions_M], self._sines[positions_M]
+
+def _behind(n_rows: int, rows: slice) -> slice:
+    """The same rows where `n_rows` others come first."""
+    return slice(n_rows + rows.start, n_rows + rows.stop)
+
+
+def _some(rows: slice) -> bool:
+    """Whether there are any."""
+    return bool(rows.start < rows.stop)

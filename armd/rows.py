@@ -52,7 +52,8 @@ class Work:
 class Seen(NamedTuple):
     """What the rows of a run attend to."""
 
-    n_keys: int
+    keys: slice
+    """Of a text's keys in the cache."""
     mask: Tensor | None
     """(B, 1, R, K), added to the scores; None where every row sees all K keys."""
 
@@ -69,36 +70,37 @@ class Shape(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Neighbouring slots with equal numbers of rows; slices are of the rows of all runs."""
+    """Neighbouring slots with equal numbers of rows; slices are of the content rows, or the query rows, of all runs."""
 
     slots: slice
-    both: slice
-    """Content and query rows."""
+    content: slice
     query: slice
     folded: slice
     pending: slice
-    both_seen: Seen
-    """Of the content, the null key in front, which only query rows see."""
+    content_seen: Seen
+    """By content rows, of the content."""
     strict_seen: Seen
-    """The same by query rows alone."""
+    """By query rows, of the content: the null key, then the first ranks."""
     query_seen: Seen
-    """Of the query rows, by query rows."""
+    """By query rows, of the query rows."""
 
 
 class Rows:
     """The rows of one step: its runs, and by name the integers of all rows, on the device once they are placed.
 
-    Rows of both streams go text by text, content before query rows.
+    Content rows come first, text by text, then query rows.
 
     | of each              | integers                                                              |
     | -------------------- | --------------------------------------------------------------------- |
-    | row                  | positions, content_ends (ranks of content that it sees)               |
-    | content row          | tokens, content_rows (place among all rows), content_places           |
-    | query row            | query_rows (place among all rows), query_positions, query_ranks,      |
-    |                      | query_places, query_ends (ranks of query rows that it sees)           |
+    | content row          | tokens, content_positions, content_places, content_ends (ranks of     |
+    |                      | content that it sees)                                                 |
+    | query row            | query_positions, query_places, query_ranks, starts (ranks of content  |
+    |                      | that it sees), query_ends (ranks of query rows that it sees)          |
     | folded rank          | folded_tokens, folded_positions                                       |
     | pending rank         | pending_tokens                                                        |
     | query row for logits | wanted (place among query rows)                                       |
+    | rotated row          | rotated (position): content rows twice, then query rows twice, so     |
+    |                      | that the keys and the queries of every layer are a part of it         |
 
     `content_places` and `query_places` are in the storage of one layer with its slots joined.
 
@@ -118,7 +120,7 @@ class Rows:
             before = self._counts()
             for one in members:
                 if one.positions:  # with static shapes a slot may bring padding to other runs
-                    first_query[one.slot] = len(self._lists["query_rows"])
+                    first_query[one.slot] = len(self._lists["query_positions"])
                 self._add(one, shape)
             slots = slice(members[0].slot, members[-1].slot + 1)
             cut.append((shape, [slots, *map(slice, before, self._counts())]))
@@ -128,28 +130,31 @@ class Rows:
         self.n_wanted = len(self._lists["wanted"])
         if static_shapes:
             self._lists["wanted"] += [0] * (_size(self.n_wanted) - self.n_wanted)
+        self._lists["rotated"] = 2 * self._lists["content_positions"] + 2 * self._lists["query_positions"]
+        self.n_content, self.n_query = len(self._lists["tokens"]), len(self._lists["query_positions"])
         self._cut = cut
         self._sizes = [len(values) for values in self._lists.values()]
         self.integers = torch.tensor([*chain(*self._lists.values())])
         """All of them, on the host."""
-        keys = [(self._content_keys(both), self._query_keys(query)) for _, (_, both, query, *_) in cut]
+        self._keys = [self._numbers_of_keys(shape, content, query) for shape, (_, content, query, *_) in cut]
+        """By run: how many keys its content rows see, its query rows of the content, its query rows of query rows."""
         self.plan = (
             tuple(self._sizes),
-            tuple((shape, slots.start, slots.stop, n) for (shape, (slots, *_)), n in zip(cut, keys, strict=True)),
+            tuple((shape, slots.start, slots.stop, n) for (shape, (slots, *_)), n in zip(cut, self._keys, strict=True)),
         )
         """With static shapes, all that a step depends on but the integers."""
 
     def placed(self, integers: Tensor) -> "Rows":
         """These rows, with their integers on the device."""
         self._columns = dict(zip(self._lists, integers.split(self._sizes), strict=True))
-        self.runs = [self._run(shape, *slices) for shape, slices in self._cut]
+        self.runs = [self._run(slices, n_keys) for (_, slices), n_keys in zip(self._cut, self._keys, strict=True)]
         return self
 
     def __getitem__(self, column: str) -> Tensor:
         return self._columns[column]
 
     def _counts(self) -> list[int]:
-        return [len(self._lists[name]) for name in ("positions", "query_rows", "folded_tokens", "pending_tokens")]
+        return [len(self._lists[name]) for name in ("tokens", "query_positions", "folded_tokens", "pending_tokens")]
 
     def _add(self, one: Work, shape: Shape) -> None:
         """Append the rows of one text, padded to the shape of its run."""
@@ -159,19 +164,15 @@ class Rows:
         query = one.slot * self._cache.query.shape[3]
         content_ranks = range(content + one.cached, content + one.folded + len(one.tokens))
         query_ranks = range(one.queried, one.folded + len(one.positions))
-        row = len(self._lists["positions"])
         pad = self._pad
-        pad("positions", one.positions[cached : len(one.tokens)], shape.content, nowhere)
-        pad("positions", one.positions[queried:], shape.query, nowhere)
-        pad("content_ends", one.content_ends, shape.content, 1)
-        pad("content_ends", one.starts, shape.query, 0)
         pad("tokens", one.tokens[cached:], shape.content, 0)
-        pad("content_rows", range(row, row + shape.content), shape.content, 0)
+        pad("content_positions", one.positions[cached : len(one.tokens)], shape.content, nowhere)
         pad("content_places", content_ranks, shape.content, content + nowhere)
-        pad("query_rows", range(row + shape.content, row + shape.content + shape.query), shape.query, 0)
+        pad("content_ends", one.content_ends, shape.content, 1)
         pad("query_positions", one.positions[queried:], shape.query, nowhere)
-        pad("query_ranks", query_ranks, shape.query, 0)
         pad("query_places", [query + rank for rank in query_ranks], shape.query, query + nowhere)
+        pad("query_ranks", query_ranks, shape.query, 0)
+        pad("starts", one.starts, shape.query, 0)
         pad("query_ends", one.ends, shape.query, 1)
         pad("folded_tokens", one.tokens[:queried], shape.folded, 0)
         pad("folded_positions", one.positions[:queried], shape.folded, nowhere)
@@ -183,47 +184,46 @@ class Rows:
         if len(values) < length:
             column += [padding] * (length - len(values))
 
-    def _run(self, shape: Shape, slots: slice, both: slice, query: slice, folded: slice, pending: slice) -> Run:
-        """A run, with what its rows see."""
-        both_seen = self._content_seen(shape, slots, both)
-        strict_seen = both_seen
-        if both_seen.mask is not None:
-            strict_seen = Seen(both_seen.n_keys, both_seen.mask[:, :, shape.content :])
-        return Run(slots, both, query, folded, pending, both_seen, strict_seen, self._query_seen(slots, query))
-
-    def _content_seen(self, shape: Shape, slots: slice, both: slice) -> Seen:
-        """Of the content: the first ranks, and the null key by query rows."""
-        shown = self._lists["content_ends"][both]
-        n_keys = self._content_keys(both)
-        if not shape.content and not self._static and min(shown) == max(shown):
-            return Seen(n_keys, None)
-        keys_K = torch.arange(n_keys, device=self._cache.prefix.device)
-        mask = self._mask(keys_K > self["content_ends"][both].view(slots.stop - slots.start, 1, -1, 1))
-        mask[:, :, : shape.content, 0] = -torch.inf
-        return Seen(n_keys, mask)
-
-    def _query_seen(self, slots: slice, query: slice) -> Seen:
-        """Of the query rows: the first ranks, and the row's own."""
-        shown = self._lists["query_ends"][query]
-        n_keys = self._query_keys(query)
-        if not self._static and min(shown) == n_keys:
-            return Seen(n_keys, None)
-        n_texts = slots.stop - slots.start
-        keys_K = torch.arange(n_keys, device=self._cache.prefix.device)
-        ends, own = (self[name][query].view(n_texts, 1, -1, 1) for name in ("query_ends", "query_ranks"))
-        return Seen(n_keys, self._mask((keys_K >= ends) & (keys_K != own)))
-
-    def _content_keys(self, both: slice) -> int:
-        return self._n_keys(1 + max(self._lists["content_ends"][both]))
-
-    def _query_keys(self, query: slice) -> int:
-        own = 1 + max(self._lists["query_ranks"][query])
-        return self._n_keys(max(own, *self._lists["query_ends"][query]))
+    def _numbers_of_keys(self, shape: Shape, content: slice, query: slice) -> tuple[int, int, int]:
+        lists = self._lists
+        own = 1 + max(lists["query_ranks"][query])
+        n_content = max(lists["content_ends"][content]) if shape.content else 0
+        n_strict = 1 + max(lists["starts"][query])
+        return self._n_keys(n_content), self._n_keys(n_strict), self._n_keys(max(own, *lists["query_ends"][query]))
 
     def _n_keys(self, n_keys: int) -> int:
         if not self._static:
             return n_keys
         return min(-(-n_keys // _KEYS_STEP) * _KEYS_STEP, self._cache.max_length + 1)
+
+    def _run(self, slices: list[slice], n_keys: tuple[int, int, int]) -> Run:
+        """A run, with what its rows see."""
+        slots, content, query, folded, pending = slices
+        n_content, n_strict, n_query = n_keys
+        return Run(
+            *(slots, content, query, folded, pending),
+            content_seen=self._first(slots, "content_ends", content, slice(1, 1 + n_content)),
+            strict_seen=self._first(slots, "starts", query, slice(0, n_strict)),
+            query_seen=self._first_and_own(slots, query, slice(0, n_query)),
+        )
+
+    def _first(self, slots: slice, ends: str, rows: slice, keys: slice) -> Seen:
+        """Of the content, the first ranks; the null key too where `keys` begin with it."""
+        shown = self._lists[ends][rows]
+        if not shown or (not self._static and min(shown) == max(shown)):
+            return Seen(keys, None)
+        ranks_K = torch.arange(keys.start, keys.stop, device=self._cache.prefix.device)
+        return Seen(keys, self._mask(ranks_K > self[ends][rows].view(slots.stop - slots.start, 1, -1, 1)))
+
+    def _first_and_own(self, slots: slice, query: slice, keys: slice) -> Seen:
+        """Of the query rows: the first ranks, and the row's own."""
+        if not self._static and min(self._lists["query_ends"][query]) == keys.stop:
+            return Seen(keys, None)
+        ranks_K = torch.arange(keys.stop, device=self._cache.prefix.device)
+        ends, own = (
+            self[name][query].view(slots.stop - slots.start, 1, -1, 1) for name in ("query_ends", "query_ranks")
+        )
+        return Seen(keys, self._mask((ranks_K >= ends) & (ranks_K != own)))
 
     def _mask(self, hidden: Tensor) -> Tensor:
         mask = torch.zeros(hidden.shape, dtype=self._cache.content.dtype, device=hidden.device)

@@ -270,7 +270,7 @@ def test_static_shapes_are_few(sharp: ARMD, monkeypatch: pytest.MonkeyPatch) -> 
     def recorded(self: CachedLayer, q: torch.Tensor, runs: Any) -> torch.Tensor:
         for slots, rows, seen in runs:
             n_texts, n_rows = slots.stop - slots.start, rows.stop - rows.start
-            shapes.add((n_texts, n_rows // n_texts, seen.n_keys))
+            shapes.add((n_texts, n_rows // n_texts, seen.keys.stop - seen.keys.start))
         return attend(self, q, runs)
 
     monkeypatch.setattr(CachedLayer, "attend", recorded)
