@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, islice
 
+import torch
 from torch import Tensor
 
 from armd.choice import Ask, Choice
@@ -231,27 +232,27 @@ class Request:
         return [n_content + (row == 0) for row in range(n_drawn)]  # any of them may be the next
 
     def _take_exact(self, choice: Choice) -> list[Written]:
-        """Keep drafts up to the first that is rejected; where none is, the first new draft stands as it was drawn."""
-        n_before, end_before = len(self.tokens), self._end
-        n_drafts = len(self._drafts)
+        """Keep drafts up to the first that is rejected; where none is, the first new draft stands as it was drawn.
+
+        The next ones wait, old and new: nothing that has been seen since depends on what they turned out to be.
+        """
+        n_before, n_drafts, end_before = len(self.tokens), len(self._drafts), self._end
+        new = enumerate(self._candidates, start=n_drafts)
+        drafts = self._drafts + [self._told(position, choice, row) for row, position in new]
         written: list[Written] = []
         n_kept = 0
-        for row, kept in enumerate(choice.kept):
+        for row, kept in enumerate([*choice.kept, True][: len(drafts)]):
             written.append(self._write(self.blocks.popleft()[0], choice, row))
-            n_kept += kept
+            n_kept += kept and row < n_drafts
             self._rejected += not kept
             # A stop token changes which positions are left, and so what later drafts may build on.
             if not kept or self._end != end_before:
-                assert self._draft_probabilities is not None, "drafts come with what they were drawn from"
-                self._drafts, self._draft_probabilities = self._drafts[row + 1 :], self._draft_probabilities[row + 1 :]
                 break
-        else:
-            self._drafts, self._draft_probabilities = [], None
-            if self._candidates:
-                written.append(self._write(self.blocks.popleft()[0], choice, n_drafts))
-            others = enumerate(self._candidates[1:], start=n_drafts + 1)
-            self._drafts = [self._told(position, choice, row) for row, position in others]
-            self._draft_probabilities = choice.probabilities[n_drafts + 1 :]
+        waiting = slice(len(written), len(written) + self.params.n_streams - 1)
+        old = self._draft_probabilities
+        probabilities = choice.probabilities[n_drafts:]
+        self._drafts = drafts[waiting]
+        self._draft_probabilities = (probabilities if old is None else torch.cat([old, probabilities]))[waiting]
         self._accepted = len(self._written) - self._rejected
         self.cached, self.queried = n_before + n_kept, len(self.tokens)
         return written
