@@ -35,6 +35,8 @@ class Cache:
         # (layer, key or value, slot, rank, head, width); content rows have the null key in front.
         self.content, self.query = (like.new_zeros(layers, 2, n_slots, *row) for layers, *row in _shapes(config))
         self.prefix = torch.zeros(n_slots, config.d_prefix, config.d_model, device=like.device)
+        self._step = like.new_zeros(2 * (self.max_length + 2))
+        self._step[self.max_length + 2 :] = -torch.inf
         with torch.no_grad():
             for storage, layer in zip(self.content, model.two_stream_layers, strict=True):
                 assert layer.attention.null is not None, "only two-stream layers have a null key"
@@ -43,6 +45,10 @@ class Cache:
     def clear(self, slot: int) -> None:
         """Make a slot ready for another text; masks show no key that it has not written."""
         self.prefix[slot] = 0
+
+    def mask(self, shown_M: torch.Tensor, n_keys: int) -> torch.Tensor:
+        """(M, K), added to scores: 0 for so many first keys of a row, -inf for the others; a window of a step."""
+        return self._step.unfold(0, n_keys, 1)[self.max_length + 2 - shown_M]
 
     @torch.inference_mode()
     def copy(self, source: int, slot: int, n_ranks: int) -> None:

@@ -72,7 +72,7 @@ def choose(logits_MV: Tensor, asks: Sequence[Ask]) -> list[Choice]:
         drafts_D = torch.tensor([token for ask in asks for token in ask.drafts], device=device)
         drawn_from_DV = torch.cat([ask.draft_probabilities for ask in asks if ask.draft_probabilities is not None])
         uniform_D = torch.cat([own[ask.n_rows :] for own, ask in zip(numbers, asks, strict=True)]).to(device)
-        kept_D, weights_MV[rows_D] = verify(weights_MV[rows_D], drawn_from_DV, drafts_D, uniform_D)
+        kept_D = verify(weights_MV, rows_D, drawn_from_DV, drafts_D, uniform_D)
         columns.append(kept_D)
     tokens_M = draw(weights_MV, uniform_M)
     if n_drafts:

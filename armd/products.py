@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 MOST_ROWS = 4
 """Up to here, which way is fastest depends on the shape, and is measured."""
 
-_LEAST_WORK = 1 << 20
+_LEAST_WORK = 3 << 18
 """Multiplications below which oneDNN's overhead costs more than it gains."""
 
 _LEAST_WEIGHT = 1 << 19

@@ -8,6 +8,7 @@ and write a rank that nobody reads.
 Shapes: B texts of a run, R rows of each, K keys.
 """
 
+import operator
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -212,22 +213,21 @@ class Rows:
         shown = self._lists[ends][rows]
         if not shown or (not self._static and min(shown) == max(shown)):
             return Seen(keys, None)
-        ranks_K = torch.arange(keys.start, keys.stop, device=self._cache.prefix.device)
-        return Seen(keys, self._mask(ranks_K > self[ends][rows].view(slots.stop - slots.start, 1, -1, 1)))
+        return Seen(keys, self._mask(slots, self[ends][rows] + (1 - keys.start), keys))
 
     def _first_and_own(self, slots: slice, query: slice, keys: slice) -> Seen:
         """Of the query rows: the first ranks, and the row's own."""
-        if not self._static and min(self._lists["query_ends"][query]) == keys.stop:
+        ends, own = (self._lists[name][query] for name in ("query_ends", "query_ranks"))
+        if not self._static and min(ends) == keys.stop:
             return Seen(keys, None)
-        ranks_K = torch.arange(keys.stop, device=self._cache.prefix.device)
-        ends, own = (
-            self[name][query].view(slots.stop - slots.start, 1, -1, 1) for name in ("query_ends", "query_ranks")
-        )
-        return Seen(keys, self._mask((ranks_K >= ends) & (ranks_K != own)))
+        mask = self._mask(slots, self["query_ends"][query], keys)
+        if self._static or any(map(operator.le, ends, own)):
+            mask.scatter_(3, self["query_ranks"][query].view(*mask.shape[:3], 1), 0.0)
+        return Seen(keys, mask)
 
-    def _mask(self, hidden: Tensor) -> Tensor:
-        mask = torch.zeros(hidden.shape, dtype=self._cache.content.dtype, device=hidden.device)
-        return mask.masked_fill_(hidden, -torch.inf)
+    def _mask(self, slots: slice, shown_M: Tensor, keys: slice) -> Tensor:
+        n_keys = keys.stop - keys.start
+        return self._cache.mask(shown_M, n_keys).view(slots.stop - slots.start, 1, -1, n_keys)
 
 
 def _runs(work: Sequence[Work]) -> Iterator[tuple[Shape, list[Work]]]:

@@ -168,13 +168,14 @@ def draw(weights_MV: Tensor, uniform_M: Tensor) -> Tensor:
     return tokens_M.clamp_(max=weights_MV.shape[1] - 1)
 
 
-def verify(target_MV: Tensor, draft_MV: Tensor, drafts_M: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor]:
-    """Which drafts stand, (M,) bool, and the weights (M, V) that replace those that do not: equation (13).
+def verify(weights_MV: Tensor, rows_D: Tensor, draft_DV: Tensor, drafts_D: Tensor, uniform_D: Tensor) -> Tensor:
+    """Which drafts stand, (D,) bool: equation (13). In place, their rows' targets become the weights of replacements.
 
     Draft x, drawn from `draft`, stands with probability min(1, target(x) / draft(x)); its replacement is drawn from
-    the positive part of target - draft. Together they follow `target` exactly (Leviathan et al., arXiv 2211.17192).
+    the positive part of target - draft. Together they follow the target exactly (Leviathan et al., arXiv 2211.17192).
     """
-    target_M, draft_M = (each.gather(1, drafts_M[:, None]).squeeze(1) for each in (target_MV, draft_MV))
-    replacement_MV = (target_MV - draft_MV).clamp_(min=0)
+    target_D = weights_MV[rows_D, drafts_D]
+    draft_D = draft_DV.gather(1, drafts_D[:, None]).squeeze(1)
+    weights_MV.index_add_(0, rows_D, draft_DV, alpha=-1).clamp_(min=0)
     # Distributions that differ by rounding alone may leave nothing to draw a replacement from.
-    return (uniform_M * draft_M < target_M) | (replacement_MV.sum(dim=1) == 0), replacement_MV
+    return (uniform_D * draft_D < target_D) | (weights_MV.sum(dim=1) == 0)[rows_D]

@@ -82,7 +82,8 @@ def test_kept_drafts_and_replacements_follow_the_target() -> None:
     grid = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     written = torch.zeros(4, dtype=torch.float64)
     for token in range(4):
-        kept, replacement = verify(target.expand(n, -1), draft.expand(n, -1), torch.full((n,), token), grid)
+        replacement = target.repeat(n, 1)
+        kept = verify(replacement, torch.arange(n), draft.expand(n, -1), torch.full((n,), token), grid)
         share = kept.double().mean()
         written[token] += draft[0, token] * share
         written += draft[0, token] * (1 - share) * replacement[0] / replacement[0].sum()
@@ -91,9 +92,10 @@ def test_kept_drafts_and_replacements_follow_the_target() -> None:
 
 def test_a_draft_from_the_target_itself_is_kept() -> None:
     numbers = uniform(1_000, torch.Generator().manual_seed(0))
-    same = PROBABILITIES.expand(1_000, -1)
-    kept, _ = verify(same, same, torch.full((1_000,), 3), numbers)
+    same = PROBABILITIES.repeat(1_001, 1)
+    kept = verify(same, torch.arange(1, 1_001), same[1:].clone(), torch.full((1_000,), 3), numbers)
     assert kept.all()
+    assert torch.equal(same[:1], PROBABILITIES), "a row without a draft"
 
 
 def test_a_seed_means_the_same_every_time() -> None:
