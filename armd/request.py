@@ -5,8 +5,9 @@ Three ways to fill the positions of an order, all of them here:
 * parallel: a block at a time, drawn and done;
 * exact (docs/model.md, section 5.1): the next `n_streams` ranks are drafted, heads too. The first of them stands at
   once, as it was drawn from what it is to follow; the next step verifies the others and drafts on. At a rejection the
-  accepted drafts and the replacement stay, the drafts behind it are dropped, and the next `n_streams` ranks are
-  drafted, wherever blocks would have begun: they are in as many different streams all the same;
+  accepted drafts and the replacement stay, and the drafts behind it wait for the next step, wherever blocks would have
+  begun: `n_streams` ranks are in as many different streams all the same. Where most drafts are rejected, as heads are,
+  fewer are made;
 * adaptive: of the next `n_streams` open positions those are filled of which the model is sure enough, by `threshold` or
   by `max_entropy`.
 
@@ -26,6 +27,9 @@ from armd.choice import Ask, Choice
 from armd.order import stream_blocks
 from armd.rows import Work
 from armd.sampling import SamplingParams
+
+_MORE_THAN_TWICE = 4
+"""So many more drafts than twice what the last step wrote. More would be verified for nothing; fewer cost steps."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,7 @@ class Request:
         """Ranks in the prefix state, in the content cache and in the cache of query rows."""
         self._drafts: list[Written] = []
         """For the first blocks, to be verified."""
+        self._n_to_draft = min(params.n_streams, _MORE_THAN_TWICE)
         self._draft_probabilities: Tensor | None = None
         self._candidates: list[int] = []
         """Positions that the step under way draws."""
@@ -209,14 +214,14 @@ class Request:
 
     def _next_candidates(self) -> list[int]:
         """Positions to draw, behind those of the drafts."""
-        n_streams, n_drafts = self.params.n_streams, len(self._drafts)
+        n_drafts = len(self._drafts)
         if not self.one_by_one:
             return self.blocks[0]
         if self.params.mode == "exact":
-            return [block[0] for block in islice(self.blocks, n_drafts, n_drafts + n_streams)]
+            return [block[0] for block in islice(self.blocks, n_drafts, n_drafts + self._n_to_draft)]
         candidates: list[int] = []
         for (position,) in self.blocks:
-            if len(candidates) == n_streams:
+            if len(candidates) == self.params.n_streams:
                 break
             if position - 1 not in candidates:  # neighbours depend on each other too much to be drawn apart
                 candidates.append(position)
@@ -248,7 +253,8 @@ class Request:
             # A stop token changes which positions are left, and so what later drafts may build on.
             if not kept or self._end != end_before:
                 break
-        waiting = slice(len(written), len(written) + self.params.n_streams - 1)
+        self._n_to_draft = min(self.params.n_streams, 2 * len(written) + _MORE_THAN_TWICE)
+        waiting = slice(len(written), len(written) + self._n_to_draft - 1)
         old = self._draft_probabilities
         probabilities = choice.probabilities[n_drafts:]
         self._drafts = drafts[waiting]

@@ -129,7 +129,7 @@ def test_cached_decoding_is_the_parallel_pass(
     if params.mode == "exact":
         assert one.accepted + one.rejected == n_tokens
         drafting = -(-n_tokens // streams)
-        assert drafting <= one.steps <= drafting + 1 + 2 * one.rejected
+        assert drafting <= one.steps <= drafting + 3 + one.rejected  # fewer are drafted at first
         assert n_tokens < 61 or one.rejected > 0  # else this tests no roll-back
 
 
