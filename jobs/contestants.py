@@ -37,9 +37,10 @@ def _one_phase(config: TrainConfig, **changes: Any) -> TrainConfig:
     return _changed(config, steps=config.total_steps, strided_steps=0, max_shuffled=0, **changes)
 
 
-def _mixed(config: TrainConfig, *, share: float, **changes: Any) -> TrainConfig:
+def _mixed(config: TrainConfig, *, share: float, max_shuffled: int = 0, **changes: Any) -> TrainConfig:
     """After the first tenth, `share` of the steps strided."""
-    return _one_phase(config, mix_after=config.total_steps // 10, strided_share=share, **changes)
+    mixed = _one_phase(config, mix_after=config.total_steps // 10, strided_share=share, **changes)
+    return _changed(mixed, max_shuffled=max_shuffled)
 
 
 def _every_layer_two_stream(config: TrainConfig) -> TrainConfig:
@@ -61,6 +62,9 @@ CONTESTANTS = {
     "mixed-infilling": Contestant(
         label="ARMD, mixed, 30% strided, 30% infilling",
         train=partial(_mixed, share=0.3, streams=(2, 4, 8), infilling_share=0.3),
+    ),
+    "mixed-rho-8": Contestant(
+        label="ARMD, mixed, 50% strided, rho=8", train=partial(_mixed, share=0.5, max_shuffled=8, streams=(2, 4, 8))
     ),
     "mixed-two-stream": Contestant(label="ARMD, mixed, every layer two-stream", train=_every_layer_two_stream),
     "masked-diffusion": Contestant(label="masked diffusion", train=partial(_baseline, model="masked_diffusion")),
