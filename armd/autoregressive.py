@@ -18,7 +18,7 @@ from armd.config import ModelConfig
 from armd.layers import Layer, initialise
 from armd.products import product
 from armd.rows import Seen
-from armd.sampling import SamplingParams, distribution, draw
+from armd.sampling import SamplingParams, distribution, draw, parts
 
 
 class AutoregressiveLM(nn.Module):
@@ -71,9 +71,10 @@ class AutoregressiveLM(nn.Module):
             writing = [b for b, text in enumerate(texts) if len(text) == place < ends[b]]
             if writing:
                 logits_MV = logits_BV if len(writing) == len(texts) else logits_BV[writing]
-                uniforms = [torch.rand(1, dtype=torch.float64, generator=generators[b]) for b in writing]
-                tokens_M = draw(distribution(logits_MV, params), torch.cat(uniforms).to(logits_MV.device))
-                for b, token in zip(writing, tokens_M.tolist(), strict=True):
+                numbers = [torch.rand(1, dtype=torch.float64, generator=generators[b]) for b in writing]
+                uniform_M = torch.cat(numbers).to(logits_MV.device)
+                drawn = [draw(distribution(logits_MV[part], params), uniform_M[part]) for part in parts(logits_MV)]
+                for b, token in zip(writing, torch.cat(drawn).tolist(), strict=True):
                     if (
                         token not in params.stop_ids
                     ):  # a text without its stop token falls behind and is written no more

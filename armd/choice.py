@@ -3,18 +3,19 @@
 Every request's uniform numbers come from its own generator, as many as its own rows need, and every row is computed by
 itself: what a request draws does not depend on its neighbours.
 
-Shapes: M rows that want a draw, V words.
+Shapes: M rows that want a draw, R rows of a part, D drafts among them, V words.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from armd.sampling import SamplingParams, distribution, draw, verify
+from armd.sampling import SamplingParams, distribution, draw, parts, verify
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,25 @@ class Choice:
     """Of each row's prediction, in nats, before temperature and bias. Empty unless the request is adaptive."""
     tops: list[tuple[tuple[int, float], ...]]
     """The most probable tokens of each row with their log-probabilities; empty unless they are asked for."""
-    probabilities: Tensor
-    """(n_rows, V) float64: what the tokens of rows without a draft were drawn from."""
+    probabilities: Tensor | None
+    """(n_rows - drafts, V) float64: what the tokens of rows without a draft were drawn from; None in parallel mode."""
+
+
+class _Piece(NamedTuple):
+    """Rows of one request in a part."""
+
+    ask: Ask
+    numbers: Tensor
+    """The request's uniform numbers: a row each, then a draft each."""
+    rows: range
+    """Of the request's."""
+    at: int
+    """Of the part's: the first of them."""
+
+    @property
+    def drafts(self) -> range:
+        """The first of the rows, which have drafts."""
+        return range(self.rows.start, min(self.rows.stop, len(self.ask.drafts)))
 
 
 def choose(logits_MV: Tensor, asks: Sequence[Ask]) -> list[Choice]:
@@ -58,36 +76,34 @@ def choose(logits_MV: Tensor, asks: Sequence[Ask]) -> list[Choice]:
     Raises:
         ValueError: a row's logits are not numbers.
     """
-    device, n_rows = logits_MV.device, len(logits_MV)
+    device, (n_rows, n_words) = logits_MV.device, logits_MV.shape
     rows_of = _consecutive([ask.n_rows for ask in asks])
     drafts_of = _consecutive([len(ask.drafts) for ask in asks])
-    n_drafts = drafts_of[-1].stop
-    weights_MV = _distributions(logits_MV, asks, rows_of)
     numbers = [torch.rand(ask.n_rows + len(ask.drafts), dtype=torch.float64, generator=ask.generator) for ask in asks]
-    uniform_M = torch.cat([own[: ask.n_rows] for own, ask in zip(numbers, asks, strict=True)]).to(device)
-    columns: list[Tensor] = []
-    if n_drafts:
-        verified = ((rows.start, len(ask.drafts)) for rows, ask in zip(rows_of, asks, strict=True))
-        rows_D = torch.tensor([row for start, n in verified for row in range(start, start + n)], device=device)
-        drafts_D = torch.tensor([token for ask in asks for token in ask.drafts], device=device)
-        drawn_from_DV = torch.cat([ask.draft_probabilities for ask in asks if ask.draft_probabilities is not None])
-        uniform_D = torch.cat([own[ask.n_rows :] for own, ask in zip(numbers, asks, strict=True)]).to(device)
-        kept_D = verify(weights_MV, rows_D, drawn_from_DV, drafts_D, uniform_D)
-        columns.append(kept_D)
-    tokens_M = draw(weights_MV, uniform_M)
-    if n_drafts:
-        tokens_M[rows_D] = torch.where(kept_D, drafts_D, tokens_M[rows_D])
+    placed = torch.cat(numbers).to(device).split([len(own) for own in numbers])
     sure = any(ask.params.adaptive for ask in asks)
-    n_best = min(max(ask.params.top_logprobs for ask in asks), logits_MV.shape[1])
-    columns += [tokens_M, *_figures(logits_MV, tokens_M, sure=sure, n_best=n_best)]
+    n_best = min(max(ask.params.top_logprobs for ask in asks), n_words)
+    told_of_parts, probabilities = [], [list[Tensor]() for _ in asks]
+    for part in parts(logits_MV):
+        pieces = {
+            index: _Piece(ask, own, range(first - rows.start, last - rows.start), first - part.start)
+            for index, (ask, own, rows) in enumerate(zip(asks, placed, rows_of, strict=True))
+            if (first := max(rows.start, part.start)) < (last := min(rows.stop, part.stop))
+        }
+        told, weights_RV = _draw(logits_MV[part], list(pieces.values()), sure=sure, n_best=n_best)
+        told_of_parts.append(told)
+        for index, piece in pieces.items():
+            if piece.ask.params.mode == "exact":
+                probabilities[index].append(weights_RV[piece.at + len(piece.drafts) : piece.at + len(piece.rows)])
+    columns = [column.double().flatten() for of_all in zip(*told_of_parts, strict=True) for column in of_all]
 
-    told = iter(torch.cat([column.double().flatten() for column in columns]).tolist())  # the wait for the device
-    kept = [*islice(told, n_drafts)]
-    tokens, logprobs = ([*islice(told, n_rows)] for _ in range(2))
+    values = iter(torch.cat(columns).tolist())  # the wait for the device
+    kept = [*islice(values, drafts_of[-1].stop)]
+    tokens, logprobs = ([*islice(values, n_rows)] for _ in range(2))
     if any(map(math.isnan, logprobs)):
         raise ValueError("the model's logits are not numbers: its weights are damaged, or too large for their type")
-    sureness, entropies = ([*islice(told, n_rows * sure)] for _ in range(2))
-    best, their_logprobs = ([*islice(told, n_rows * n_best)] for _ in range(2))
+    sureness, entropies = ([*islice(values, n_rows * sure)] for _ in range(2))
+    best, their_logprobs = ([*islice(values, n_rows * n_best)] for _ in range(2))
 
     def top(row: int, n: int) -> tuple[tuple[int, float], ...]:
         some = slice(row * n_best, row * n_best + min(n, n_best))
@@ -101,10 +117,31 @@ def choose(logits_MV: Tensor, asks: Sequence[Ask]) -> list[Choice]:
             sureness=sureness[rows] if ask.params.adaptive else [],
             entropies=entropies[rows] if ask.params.adaptive else [],
             tops=[top(row, n) for row in range(rows.start, rows.stop)] if (n := ask.params.top_logprobs) else [],
-            probabilities=weights_MV[rows],
+            probabilities=torch.cat(weights) if weights else None,
         )
-        for ask, rows, drafts in zip(asks, rows_of, drafts_of, strict=True)
+        for ask, rows, drafts, weights in zip(asks, rows_of, drafts_of, probabilities, strict=True)
     ]
+
+
+def _draw(logits_RV: Tensor, pieces: Sequence[_Piece], *, sure: bool, n_best: int) -> tuple[list[Tensor], Tensor]:
+    """What is told of a part, a tensor a kind: which drafts stand, the tokens, their figures; and the weights (R, V)
+    float64 that the tokens were drawn from.
+    """
+    device = logits_RV.device
+    weights_RV = _distributions(logits_RV, pieces)
+    rows_D = torch.tensor([piece.at + k for piece in pieces for k in range(len(piece.drafts))], device=device)
+    kept_D = rows_D.bool()
+    if len(rows_D):
+        drafts_D = torch.tensor([piece.ask.drafts[row] for piece in pieces for row in piece.drafts], device=device)
+        drafted = [(piece.ask.draft_probabilities, piece.drafts) for piece in pieces]
+        drawn_from_DV = torch.cat([each[rows.start : rows.stop] for each, rows in drafted if each is not None and rows])
+        of_drafts = ((piece.numbers[piece.ask.n_rows :], piece.drafts) for piece in pieces)
+        uniform_D = torch.cat([numbers[rows.start : rows.stop] for numbers, rows in of_drafts if rows])
+        kept_D = verify(weights_RV, rows_D, drawn_from_DV, drafts_D, uniform_D)
+    tokens_R = draw(weights_RV, torch.cat([piece.numbers[piece.rows.start : piece.rows.stop] for piece in pieces]))
+    if len(rows_D):
+        tokens_R[rows_D] = torch.where(kept_D, drafts_D, tokens_R[rows_D])
+    return [kept_D, tokens_R, *_figures(logits_RV, tokens_R, sure=sure, n_best=n_best)], weights_RV
 
 
 def _figures(logits_MV: Tensor, tokens_M: Tensor, *, sure: bool, n_best: int) -> list[Tensor]:
@@ -121,25 +158,26 @@ def _figures(logits_MV: Tensor, tokens_M: Tensor, *, sure: bool, n_best: int) ->
     return figures
 
 
-def _distributions(logits_MV: Tensor, asks: Sequence[Ask], rows_of: Sequence[slice]) -> Tensor:
-    """(M, V) float64 probabilities; requests that are sampled alike are computed together."""
-    if any(ask.params.logit_bias or ask.rows_without_stop for ask in asks):
-        logits_MV = logits_MV.to(torch.float64, copy=True)  # a bias must not be rounded to the model's type
-        for ask, rows in zip(asks, rows_of, strict=True):
+def _distributions(logits_RV: Tensor, pieces: Sequence[_Piece]) -> Tensor:
+    """(R, V) float64 probabilities; requests that are sampled alike are computed together."""
+    if any(piece.ask.params.logit_bias or piece.ask.rows_without_stop for piece in pieces):
+        logits_RV = logits_RV.to(torch.float64, copy=True)  # a bias must not be rounded to the model's type
+        for ask, _, rows, at in pieces:
             for token, bias in ask.params.logit_bias.items():
-                logits_MV[rows, token] += bias
-            for row in ask.rows_without_stop:
-                logits_MV[rows.start + row, list(ask.params.stop_ids)] = -torch.inf
-    alike: dict[tuple[float, int, float], list[int]] = {}
-    for index, ask in enumerate(asks):
-        alike.setdefault((ask.params.temperature, ask.params.top_k, ask.params.top_p), []).append(index)
+                logits_RV[at : at + len(rows), token] += bias
+            for row in set(rows).intersection(ask.rows_without_stop):
+                logits_RV[at + row - rows.start, list(ask.params.stop_ids)] = -torch.inf
+    alike: dict[tuple[float, int, float], list[_Piece]] = {}
+    for piece in pieces:
+        params = piece.ask.params
+        alike.setdefault((params.temperature, params.top_k, params.top_p), []).append(piece)
     if len(alike) == 1:
-        return distribution(logits_MV, asks[0].params)
-    probabilities_MV = torch.empty_like(logits_MV, dtype=torch.float64)
+        return distribution(logits_RV, pieces[0].ask.params)
+    probabilities_RV = torch.empty_like(logits_RV, dtype=torch.float64)
     for some in alike.values():
-        rows_S = torch.cat([torch.arange(rows_of[i].start, rows_of[i].stop) for i in some]).to(logits_MV.device)
-        probabilities_MV[rows_S] = distribution(logits_MV[rows_S], asks[some[0]].params)
-    return probabilities_MV
+        rows_S = torch.cat([torch.arange(piece.at, piece.at + len(piece.rows)) for piece in some]).to(logits_RV.device)
+        probabilities_RV[rows_S] = distribution(logits_RV[rows_S], some[0].ask.params)
+    return probabilities_RV
 
 
 def _consecutive(lengths: Sequence[int]) -> list[slice]:

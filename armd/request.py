@@ -255,10 +255,10 @@ class Request:
                 break
         self._n_to_draft = min(self.params.n_streams, 2 * len(written) + _MORE_THAN_TWICE)
         waiting = slice(len(written), len(written) + self._n_to_draft - 1)
-        old = self._draft_probabilities
-        probabilities = choice.probabilities[n_drafts:]
+        assert choice.probabilities is not None, "an exact request is told what its tokens were drawn from"
+        old, new_ones = self._draft_probabilities, choice.probabilities
         self._drafts = drafts[waiting]
-        self._draft_probabilities = (probabilities if old is None else torch.cat([old, probabilities]))[waiting]
+        self._draft_probabilities = (new_ones if old is None else torch.cat([old, new_ones]))[waiting]
         self._accepted = len(self._written) - self._rejected
         self.cached, self.queried = n_before + n_kept, len(self.tokens)
         return written

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from armd.randomness import seeded
 
+_PART = 1 << 18
+"""Words of all rows of a part: 2 MB in float64."""
+
 _ENGINES_OWN = ("min_tokens", "mode", "threshold", "max_entropy", "logit_bias", "top_logprobs")
 
 
@@ -153,6 +156,16 @@ def _check_number(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a number, not {value!r}") from None
     if isinstance(value, str):
         raise ValueError(f"{name} must be a number, not {value!r}")
+
+
+def parts(logits_MV: Tensor) -> list[slice]:
+    """Rows whose distributions are computed together: on a CPU as many as a cache holds.
+
+    With a large vocabulary those of a whole step can be more memory than the layers of the model touch.
+    """
+    n_rows, n_words = logits_MV.shape
+    most = max(1, _PART // n_words) if logits_MV.device.type == "cpu" else max(1, n_rows)
+    return [slice(start, min(start + most, n_rows)) for start in range(0, n_rows, most)]
 
 
 def draw(weights_MV: Tensor, uniform_M: Tensor) -> Tensor:

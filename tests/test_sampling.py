@@ -47,7 +47,7 @@ def test_distribution_keeps_the_places_of_tokens() -> None:
 def test_a_bias_is_not_rounded_to_the_models_type() -> None:
     """At 64 bfloat16 knows no number between 64 and 64.5."""
     logits = torch.full((1, 2), 64.0, dtype=torch.bfloat16)
-    params = SamplingParams(logit_bias={0: 0.1})
+    params = SamplingParams(logit_bias={0: 0.1}, mode="exact")
     (choice,) = choose(logits, [Ask(params, params.generator(), 1, [], [], None)])
     torch.testing.assert_close(choice.probabilities, torch.tensor([[0.1, 0.0]], dtype=torch.float64).softmax(1))
 
