@@ -26,10 +26,11 @@ class RowNorm:
     """
 
     def __init__(self, norm: nn.RMSNorm) -> None:
+        assert norm.eps is not None, "left out, it would depend on the type"
         self._weight, self._eps = norm.weight, norm.eps
         width = norm.weight.numel()
         self._scaled = norm.weight * width**0.5
-        self._least = norm.weight.new_tensor((width * (norm.eps or 0.0)) ** 0.5)
+        self._least = norm.weight.new_tensor((width * norm.eps) ** 0.5)
 
     def __call__(self, rows_MD: Tensor) -> Tensor:
         """(M, D)."""

@@ -1,9 +1,9 @@
 """Products of rows and weights: the library's, unless this processor is known or measured to have a faster way.
 
-PyTorch leaves float32 products on a CPU to MKL, which does well on Intel's processors. On others it computes with half
-of their vector width, and products of few rows, as a decoding step has them, take two or three times as long as reading
-the weight (docs/decisions.md has figures). PyTorch brings a second library, oneDNN, which it takes for bfloat16 and in
-compiled code; and a product has a mirror image, `weight @ rows.T`. Elsewhere this is `torch.nn.functional.linear`.
+PyTorch leaves float32 products on a CPU to MKL, which does well on Intel's processors. On an AMD EPYC with AVX-512 it
+takes twice as long as oneDNN, which PyTorch brings too, for bfloat16 and compiled code; and products of few rows, as a
+decoding step has them, take two or three times as long as reading the weight (docs/decisions.md has figures), which
+their mirror image, `weight @ rows.T`, may not. Elsewhere this is `torch.nn.functional.linear`.
 
 Shapes: M rows, I columns in, O columns out.
 """
@@ -50,7 +50,7 @@ class Projection(nn.Linear):
 
 
 def product(rows: Tensor, weight_OI: Tensor, onto: Tensor | None = None) -> Tensor:
-    """`rows @ weight.T` (..., O) of rows (..., I), added to `onto` (..., O) where that is given."""
+    """`rows @ weight.T` (..., O) of rows (..., I), added to `onto` (M, O) where that is given, with rows (M, I)."""
     compute = _way(rows, weight_OI)
     if compute is not F.linear:
         made = compute(rows, weight_OI)
@@ -63,22 +63,23 @@ def _way(rows: Tensor, weight_OI: Tensor) -> Way:
     n_out, n_in = weight_OI.shape
     n_rows = rows.numel() // n_in
     if (
-        n_rows * n_in * n_out < _LEAST_WORK
+        rows.ndim < 2
+        or n_rows * n_in * n_out < _LEAST_WORK
         or not rows.dtype == weight_OI.dtype == torch.float32
         or rows.device.type != "cpu"
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
     ):
         return F.linear
-    if n_rows <= MOST_ROWS and n_in * n_out >= _LEAST_WEIGHT:
+    if rows.ndim == 2 and n_rows <= MOST_ROWS and n_in * n_out >= _LEAST_WEIGHT and not torch.is_grad_enabled():
         return fastest(n_rows, n_in, n_out)
     # Not measured: training must come to the same numbers, to the bit, when it goes on in another process.
     return by_onednn if mkl_is_slow() else F.linear
 
 
 def by_onednn(rows: Tensor, weight_OI: Tensor) -> Tensor:
-    """`rows @ weight.T` (..., O) by oneDNN."""
-    if torch.is_grad_enabled() and (rows.requires_grad or weight_OI.requires_grad):
+    """`rows @ weight.T` (..., O) by oneDNN; it can be differentiated once, backwards."""
+    if torch.is_grad_enabled():  # whatever wants what kind of derivative: where there is none, this says so
         made: Tensor = _ByOneDNN.apply(rows, weight_OI)
         return made
     return _onednn(rows, weight_OI)
@@ -94,7 +95,7 @@ def mirrored(rows_MI: Tensor, weight_OI: Tensor) -> Tensor:
 
 @functools.cache
 def mkl_is_slow() -> bool:
-    """Whether MKL computes with half of the vector width that this processor and oneDNN have."""
+    """Whether this is a processor like the one on which MKL takes twice as long as oneDNN: another maker's, AVX-512."""
     return (
         torch.backends.mkl.is_available()
         and has_onednn()
@@ -116,7 +117,8 @@ def fastest(n_rows: int, n_in: int, n_out: int) -> Way:
     Measured in float32, with the threads of the first call, once a process for each shape.
     """
     n_out = min(n_out, max(1, _MEASURED // n_in))  # a part of a large vocabulary says as much
-    rows_MI, weights = torch.ones(n_rows, n_in), torch.ones(-(-_MEASURED // (n_in * n_out)), n_out, n_in).unbind()
+    ones = functools.partial(torch.ones, dtype=torch.float32, device="cpu")
+    rows_MI, weights = ones(n_rows, n_in), ones(-(-_MEASURED // (n_in * n_out)), n_out, n_in).unbind()
     ways: list[Way] = [F.linear, by_onednn, mirrored] if has_onednn() else [F.linear, mirrored]
     seconds = _seconds(ways, rows_MI, weights)
     best = ways[0]

@@ -3,11 +3,11 @@
 Three ways to fill the positions of an order, all of them here:
 
 * parallel: a block at a time, drawn and done;
-* exact (docs/model.md, section 5.1): the next `n_streams` ranks are drafted, heads too. The first of them stands at
-  once, as it was drawn from what it is to follow; the next step verifies the others and drafts on. At a rejection the
-  accepted drafts and the replacement stay, and the drafts behind it wait for the next step, wherever blocks would have
-  begun: `n_streams` ranks are in as many different streams all the same. Where most drafts are rejected, as heads are,
-  fewer are made;
+* exact (docs/model.md, section 5.1): the next ranks are drafted, `n_streams` at most, heads too. The first of them
+  stands at once, as it was drawn from what it is to follow; the next step verifies the others and drafts on. At a
+  rejection the accepted drafts and the replacement stay, and the drafts behind it wait for the next step, wherever
+  blocks would have begun: so many ranks are in as many different streams all the same. Where most drafts are rejected,
+  as heads are, fewer are made;
 * adaptive: of the next `n_streams` open positions those are filled of which the model is sure enough, by `threshold` or
   by `max_entropy`.
 

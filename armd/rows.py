@@ -2,8 +2,8 @@
 
 Ranks make every mask an interval of keys. Neighbouring slots that bring equal numbers of rows are a run: attention over
 a run is one call that reads the cache where it lies. With static shapes the rows of a text, the texts of a run and the
-keys are padded to a few sizes, so that a GPU can replay what it has recorded; rows of the padding read the null key
-and write a rank that nobody reads.
+keys are padded to a few sizes, so that a GPU can replay what it has recorded; rows of the padding read the null key or
+the first rank and write a rank that nobody reads.
 
 Shapes: B texts of a run, R rows of each, K keys.
 """

@@ -1,13 +1,15 @@
 """Exact mode against the joint distribution of its order, enumerated on three tokens (section 5.1, invariant 5)."""
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
-from armd import ARMD, Completion, Engine, Order, SamplingParams
+from armd import ARMD, Completion, Engine, Order, SamplingParams, request
 from armd.choice import choose
 from armd.order import stream_blocks
 from armd.randomness import seeded
@@ -83,11 +85,12 @@ def deviation(completions: list[Completion], expected: Counter[tuple[int, ...]])
     """Pearson's chi-square in standard deviations (Wilson and Hilferty's approximation); rare texts are one cell."""
     observed = Counter(tuple(one.tokens) for one in completions)
     assert set(observed) <= set(expected)
-    common = [text for text in expected if expected[text] * SAMPLES >= 5]
-    cells = [(observed[text], expected[text] * SAMPLES) for text in common]
-    rest = SAMPLES - sum(mean for _, mean in cells)
+    n_texts = len(completions)
+    common = [text for text in expected if expected[text] * n_texts >= 5]
+    cells = [(observed[text], expected[text] * n_texts) for text in common]
+    rest = n_texts - sum(mean for _, mean in cells)
     if rest > 1:
-        cells.append((SAMPLES - sum(seen for seen, _ in cells), rest))
+        cells.append((n_texts - sum(seen for seen, _ in cells), rest))
     freedom = len(cells) - 1
     statistic = sum((seen - mean) ** 2 / mean for seen, mean in cells)
     spread = 2 / (9 * freedom)
@@ -133,43 +136,56 @@ def test_exact_mode_has_its_joint_beside_parallel_requests(model: ARMD) -> None:
     assert deviation(completions, joint(model, [0], params)) < 3.1
 
 
-def test_drafts_behind_a_rejected_one_wait_without_bias() -> None:
-    """With tables for a model, whose drafts are mostly wrong: seen to fail when only those stay that passed their own
-    test beside the rejected one, and when what they were drawn from is not cut as they are.
+@pytest.mark.parametrize(("length", "n_words", "n_streams"), [(4, 3, 4), (9, 2, 8)])
+def test_drafts_behind_a_rejected_one_wait_without_bias(
+    monkeypatch: pytest.MonkeyPatch, length: int, n_words: int, n_streams: int
+) -> None:
+    """With tables for a model, whose drafts are mostly wrong.
+
+    Seen to fail when only those wait that passed their own test beside the rejected one, when what they were drawn
+    from is not cut as they are, and, of nine tokens, when as many are drafted whatever was rejected, or none is left
+    out that was drafted before.
     """
-    options = {"max_tokens": LENGTH, "n_streams": LENGTH, "mode": "exact"}
-    requests = [Request(seed, [None] * LENGTH, SamplingParams(seed=seed, **options)) for seed in range(SAMPLES)]
+    monkeypatch.setattr(request, "_MORE_THAN_TWICE", 1)
+    options: dict[str, Any] = {"max_tokens": length, "n_streams": n_streams, "mode": "exact"}
+    requests = [Request(seed, [None] * length, SamplingParams(seed=seed, **options)) for seed in range(2 * SAMPLES)]
     order = [position for (position,) in requests[0].blocks]
 
-    def target(prefix: list[int]) -> torch.Tensor:
-        return 2 * torch.randn(3, generator=seeded("target", *prefix))
+    @functools.cache
+    def table(*of: object) -> torch.Tensor:
+        return 2 * torch.randn(n_words, generator=seeded(*of))
 
-    def rows(request: Request) -> list[torch.Tensor]:
-        work = request.work(0)
-        told = request.tokens + request.ask().drafts
-        verified = [target(told[: len(request.tokens) + row]) for row in range(len(told) - len(request.tokens) + 1)]
-        ranks = range(len(told) + 1, len(told) + 1 + len(work.starts))
-        return (verified + [2 * torch.randn(3, generator=seeded("draft", rank)) for rank in ranks])[: work.n_logits]
-
+    n_behind = n_waiting = n_left_out = 0
     done: list[Completion] = []
-    n_waited = 0
     while requests:
-        logits = torch.stack([row for request in requests for row in rows(request)])
-        events = [
-            request.take(choice)
-            for request, choice in zip(requests, choose(logits, [request.ask() for request in requests]), strict=True)
-        ]
-        n_waited += sum(len(event.drafted) for event in events if event.rejected)
+        asks, rows, n_drafts = [], [], []
+        for one in requests:
+            work, ask = one.work(0), one.ask()
+            told = (*one.tokens, *ask.drafts)
+            for rank in range(len(one.tokens), len(one.tokens) + work.n_logits):
+                # Verified drafts and the first new one know all before them; other drafts miss some, and draw on.
+                kind = "target" if rank <= len(told) else f"draft {rank}"
+                rows.append(table(kind, *told[:rank]))
+            asks.append(ask)
+            n_drafts.append(work.n_logits)
+        events = [one.take(choice) for one, choice in zip(requests, choose(torch.stack(rows), asks), strict=True)]
+        for event, drafted in zip(events, n_drafts, strict=True):
+            left = drafted - len(event.written)
+            assert len(event.drafted) <= min(n_streams, 2 * len(event.written) + 1) - 1
+            n_waiting += len(event.drafted) if event.rejected else 0
+            n_behind += left if event.rejected else 0
+            n_left_out += left > len(event.drafted)
         done += [event.completion for event in events if event.completion is not None]
-        requests = [request for request, event in zip(requests, events, strict=True) if event.completion is None]
-    assert n_waited > SAMPLES / 5
+        requests = [one for one, event in zip(requests, events, strict=True) if event.completion is None]
+    assert n_waiting > n_behind / 4, "some wait"
+    assert (n_left_out > SAMPLES) == (n_streams > 4), "and some are left out"
 
     expected: Counter[tuple[int, ...]] = Counter({(): 1.0})
-    for _ in range(LENGTH):
+    for _ in range(length):
         longer: Counter[tuple[int, ...]] = Counter()
         for prefix, probability in expected.items():
-            for token, one in enumerate(target(list(prefix)).double().softmax(0).tolist()):
-                longer[*prefix, token] = probability * one
+            for token, one_ in enumerate(table("target", *prefix).double().softmax(0).tolist()):
+                longer[*prefix, token] = probability * one_
         expected = longer
     by_rank = [Completion([one.tokens[position] for position in order], [], 0, "length", []) for one in done]
     assert deviation(by_rank, expected) < 3.1

@@ -52,6 +52,12 @@ def counted_of(
     return {str(kind): n / config.max_length for kind, n in counter.get_flop_counts()["Global"].items()}
 
 
+@pytest.fixture(autouse=True)
+def plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch counts the products of its own library."""
+    monkeypatch.setattr(armd.products, "mkl_is_slow", lambda: False)
+
+
 @pytest.mark.parametrize("config", MODELS)
 def test_parameters_are_the_models(config: armd.ModelConfig) -> None:
     assert costs.parameters(config) == sum(parameter.numel() for parameter in armd.ARMD(config).parameters())

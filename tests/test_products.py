@@ -49,7 +49,8 @@ def test_every_way_is_the_product(
     rows, weight = torch.randn(n_rows, 512, generator=generator()), torch.randn(WIDE, generator=generator(1))
     base = torch.randn(n_rows, 1024, generator=generator(2)) if onto else None
     expected = (rows.double() @ weight.double().t() + (0 if base is None else base.double())).float()
-    got = products.product(rows, weight, base)
+    with torch.no_grad():
+        got = products.product(rows, weight, base)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     assert got.is_contiguous()
     assert taken == [n_rows]
@@ -72,9 +73,7 @@ def test_gradients_are_those_of_the_product(shape: tuple[int, ...]) -> None:
 
 
 @needs_onednn
-def test_a_model_learns_the_same_either_way(
-    monkeypatch: pytest.MonkeyPatch, choose: Callable[[products.Way], list[int]]
-) -> None:
+def test_a_model_learns_the_same_either_way(choose: Callable[[products.Way], list[int]]) -> None:
     config = ModelConfig(
         n_layers=3, n_two_stream_layers=2, d_model=32, n_heads=4, d_prefix=8, vocab_size=40, max_length=16
     )
@@ -98,12 +97,13 @@ def test_a_model_learns_the_same_either_way(
     [
         (torch.ones(1, 511), torch.ones(1024, 511), contextlib.nullcontext()),
         (torch.ones(8, 64), torch.ones(64, 64), contextlib.nullcontext()),
+        (torch.ones(1024), torch.ones(1024, 1024), contextlib.nullcontext()),
         (torch.ones(8, 512, dtype=torch.bfloat16), torch.ones(WIDE, dtype=torch.bfloat16), contextlib.nullcontext()),
         (torch.ones(8, 512, dtype=torch.float64), torch.ones(WIDE, dtype=torch.float64), contextlib.nullcontext()),
         (torch.ones(8, 512), torch.ones(WIDE), torch.autocast("cpu", dtype=torch.bfloat16)),
         (torch.ones(0, 512), torch.ones(WIDE), contextlib.nullcontext()),
     ],
-    ids=["a weight that caches hold", "little work", "bfloat16", "float64", "autocast", "no rows"],
+    ids=["a weight that caches hold", "little work", "one dimension", "bfloat16", "float64", "autocast", "no rows"],
 )
 def test_the_rest_is_left_to_the_library(
     monkeypatch: pytest.MonkeyPatch,
@@ -114,8 +114,33 @@ def test_the_rest_is_left_to_the_library(
     monkeypatch.setattr(products, "mkl_is_slow", lambda: True)
     monkeypatch.setattr(products, "fastest", lambda *_: pytest.fail("measured"))
     monkeypatch.setattr(products, "by_onednn", lambda *_: pytest.fail("taken"))
-    with context:
-        assert products.product(rows, weight).shape == (len(rows), len(weight))
+    with context, torch.no_grad():
+        assert products.product(rows, weight).shape == (*rows.shape[:-1], len(weight))
+
+
+@needs_onednn
+def test_what_has_no_derivative_says_so() -> None:
+    """Not zeros. Fails when what asks for no gradient goes past autograd."""
+    rows, weight = torch.randn(3, 24, generator=generator()), torch.randn(16, 24, generator=generator(1))
+    with pytest.raises(RuntimeError):
+        torch.func.jvp(lambda one: products.by_onednn(one, weight), (rows,), (rows,))
+    (gradient,) = torch.autograd.grad(
+        products.by_onednn(rows.requires_grad_(), weight).square().sum(), rows, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(gradient.sum(), rows)
+
+
+@pytest.mark.parametrize("length", range(1, products.MOST_ROWS + 1))
+def test_the_parallel_pass_of_few_tokens_is_not_measured(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    """Its rows have a batch's dimension, which the mirror image does not know. Fails without `rows.ndim == 2`."""
+    monkeypatch.setattr(products, "fastest", lambda *_: products.mirrored)
+    config = ModelConfig(
+        n_layers=2, n_two_stream_layers=1, d_model=512, n_heads=4, d_prefix=8, vocab_size=2048, max_length=12
+    )
+    model, tokens = ARMD(config, generator=generator()), torch.zeros(1, length, dtype=torch.long)
+    with torch.no_grad():
+        assert model(tokens, Order.left_to_right(length)).shape == (1, length, 2048)
 
 
 @needs_onednn
