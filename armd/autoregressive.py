@@ -29,6 +29,7 @@ class AutoregressiveLM(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.start = nn.Parameter(torch.empty(config.d_model))
+        self.input_norm = nn.RMSNorm(config.d_model, eps=1e-6)
         self.layers: Sequence[Layer] = nn.ModuleList(  # type: ignore[assignment]
             Layer(config, two_stream=False) for _ in range(config.n_layers)
         )
@@ -98,9 +99,9 @@ class AutoregressiveLM(nn.Module):
         return self.final_norm(x)
 
     def _inputs(self, tokens_BN: Tensor) -> Tensor:
-        """(B, 1 + N, D): the start vector, then the embeddings."""
+        """(B, 1 + N, D): the start vector, then the embeddings, normalised."""
         start_B1D = self.start.expand(len(tokens_BN), 1, -1)
-        return torch.cat([start_B1D, self.embedding(tokens_BN)], dim=1)
+        return self.input_norm(torch.cat([start_B1D, self.embedding(tokens_BN)], dim=1))
 
 
 class _Decoder:
@@ -137,7 +138,7 @@ class _Decoder:
         if n_rows > 1:
             mask = x_BRD.new_full((n_rows, end), -torch.inf).triu_(1 + start)
         runs = [(slice(0, n_texts), slice(0, n_texts * n_rows), Seen(slice(0, end), mask))]
-        x_MD = x_BRD.flatten(0, 1)
+        x_MD = model.input_norm(x_BRD.flatten(0, 1))
         for layer in self._layers:
             normed_MD = layer.normed(x_MD)
             q_MHA = layer.project(normed_MD, normed_MD, rotary_M, places_M)

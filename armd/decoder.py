@@ -62,7 +62,8 @@ class Decoder:
         """The logits of the rows that want them, padding included."""
         model, n_content = self.model, rows.n_content
         g_MD = model.normalised_query(torch.cat([self._aggregate(run, rows) for run in rows.runs]))
-        both_MD = torch.cat([model.embedding(rows["tokens"]), g_MD.to(self.cache.content.dtype)])
+        x_MD = model.content_norm(model.embedding(rows["tokens"]))
+        both_MD = torch.cat([x_MD, g_MD.to(x_MD.dtype)])
         rotary_M = self._rotary[rows["rotated"]]  # content, content, query, query
 
         content = [(run.slots, run.content, run.content_seen) for run in rows.runs if _some(run.content)]

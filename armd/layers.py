@@ -72,12 +72,13 @@ def initialise(model: nn.Module, n_layers: int, generator: torch.Generator | Non
     | projections                        | normal, 1 / sqrt(columns in)                                        |
     | out and MLP-out projections        | that, divided by sqrt(2 n_layers): the residual stream is their sum |
     | position table                     | sines and cosines of unit norm a row                                |
-    | norms                              | one                                                                 |
+    | norm of the first query            | three: its context says more at first than what the layers add      |
+    | other norms                        | one                                                                 |
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                parameter.fill_(1.0)
+                parameter.fill_(3.0 if name == "query_norm.weight" else 1.0)
             elif name == "prefix_table":
                 parameter.copy_(sinusoids(*parameter.shape))
             else:

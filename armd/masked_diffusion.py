@@ -75,6 +75,7 @@ class MaskedDiffusionLM(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size + 1, config.d_model)  # the last row is [mask]
+        self.input_norm = nn.RMSNorm(config.d_model, eps=1e-6)
         self.layers: Sequence[Layer] = nn.ModuleList(  # type: ignore[assignment]
             Layer(config, two_stream=False) for _ in range(config.n_layers)
         )
@@ -92,7 +93,7 @@ class MaskedDiffusionLM(nn.Module):
 
     def _hidden(self, tokens_BN: Tensor) -> Tensor:
         """The last layer's output (B, N, D), normalised."""
-        x = self.embedding(tokens_BN)
+        x = self.input_norm(self.embedding(tokens_BN))
         positions_1N = torch.arange(tokens_BN.shape[1], device=tokens_BN.device)[None]
         rotary = rotary_angles(positions_1N, self.config.d_model // self.config.n_heads)[:, None]
         for layer in self.layers:

@@ -41,6 +41,7 @@ class ARMD(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.prefix_table = nn.Parameter(torch.empty(config.max_length, config.d_prefix))
         self.start = nn.Parameter(torch.empty(config.d_model))
+        self.content_norm = nn.RMSNorm(config.d_model, eps=1e-6)
         self.query_norm = nn.RMSNorm(config.d_model, eps=1e-6)
         n_causal = config.n_layers - config.n_two_stream_layers
         # ModuleLists, typed by what they hold.
@@ -78,7 +79,7 @@ class ARMD(nn.Module):
         positions_BN = order.positions.reshape(-1, order.length)  # B is 1 where the order is shared
         rotary = rotary_angles(positions_BN, self.config.d_model // self.config.n_heads)[:, None]
         x = self.embedding(tokens_BN.gather(1, positions_BN.expand(tokens_BN.shape)))
-        g = self.first_query(x, order)
+        x, g = self.content_norm(x), self.first_query(x, order)
 
         *lower, last = self.two_stream_layers
         if lower:

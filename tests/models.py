@@ -30,7 +30,7 @@ def tiny_model(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+                parameter.fill_(1.0).add_(0.2 * torch.randn(parameter.shape, generator=generator))
             elif parameter.ndim == 2 and "layers" in name:
                 parameter.mul_(1.5)
             else:

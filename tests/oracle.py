@@ -50,6 +50,7 @@ def logits_by_loop(model: ARMD, tokens: Sequence[int], order: Order, row: int = 
     up_to = [[i for i in range(n_ranks) if blocks[i] <= blocks[n]] for n in range(n_ranks)]
     x = model.embedding.weight[[tokens[p] for p in positions]]
     g = model.query_norm(prefix_by_loop(model.prefix_table[positions], x, blocks) + model.start)
+    x = model.content_norm(x)
     rotary = rotary_angles(torch.tensor(positions), model.config.d_model // model.config.n_heads)
 
     def heads(rows: Tensor) -> Iterator[Tensor]:

@@ -496,11 +496,12 @@ def test_a_stop_in_a_later_stream_waits_for_the_earlier_ones(model: ARMD) -> Non
 def test_no_stop_token_among_the_first_tokens(model: ARMD) -> None:
     params = {"max_tokens": 20, "n_streams": 3, "stop_ids": (0, 1, 2, 3, 4, 5)}
     for mode in MODES.values():
+        n_short = 0
         for seed in range(5):
             one = generate(model, [[1]], SamplingParams(**params, **mode, seed=seed, min_tokens=7))[0]
             assert len(one.tokens) >= 7
-            free = generate(model, [[1]], SamplingParams(**params, **mode, seed=seed))[0]
-            assert len(free.tokens) < 7  # else this shows nothing
+            n_short += len(generate(model, [[1]], SamplingParams(**params, **mode, seed=seed))[0].tokens) < 7
+        assert n_short > 2  # else this shows nothing
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -181,7 +181,7 @@ def test_on_a_gpu(name: str) -> None:
 # Size and start
 
 
-@pytest.mark.parametrize(("name", "count"), [("tiny", 7_254_016), ("small", 123_627_520), ("medium", 353_595_392)])
+@pytest.mark.parametrize(("name", "count"), [("tiny", 7_254_144), ("small", 123_628_288), ("medium", 353_596_416)])
 def test_parameter_counts_of_the_presets(name: str, count: int) -> None:
     """With GPT-2's vocabulary. The head is tied to the embedding; the layers hold 12 d^2 each.
 
@@ -192,7 +192,7 @@ def test_parameter_counts_of_the_presets(name: str, count: int) -> None:
         model = ARMD(architecture.model_config(50_257, 1024))
     d, layers = architecture.d_model, architecture.n_layers
     by_hand = 50_257 * d + 1024 * architecture.d_prefix + layers * (12 * d * d + 2 * d)
-    by_hand += architecture.n_two_stream_layers * 2 * d + 3 * d  # null keys; start vector and two norms
+    by_hand += architecture.n_two_stream_layers * 2 * d + 4 * d  # null keys; start vector and three norms
     assert sum(parameter.numel() for parameter in model.parameters()) == count == by_hand
 
 
@@ -243,7 +243,7 @@ def test_initialisation_row_by_row() -> None:
     checked = 0
     for name, parameter in model.named_parameters():
         if "norm" in name:
-            assert torch.equal(parameter, torch.ones_like(parameter)), name
+            assert torch.equal(parameter, torch.full_like(parameter, 3.0 if name == "query_norm.weight" else 1.0)), name
         elif name == "prefix_table":
             rotation = (1 / 10_000 ** (torch.arange(0, 32, 2) / 32)) * torch.arange(64)[:, None]
             expected = torch.cat([rotation.sin(), rotation.cos()], dim=1) / 4
@@ -255,7 +255,7 @@ def test_initialisation_row_by_row() -> None:
             assert float(parameter.detach().std()) == pytest.approx(wanted, rel=tolerance), name
             assert abs(float(parameter.detach().mean())) < 4 * wanted / math.sqrt(parameter.numel()), name
         checked += 1
-    assert checked == 3 + 7 * n_layers + 2 + 2  # embedding, table, start; a layer's; null keys; two norms
+    assert checked == 3 + 7 * n_layers + 2 + 3  # embedding, table, start; a layer's; null keys; three norms
 
 
 def test_initial_loss_is_that_of_guessing() -> None:
