@@ -20,7 +20,7 @@ PREFIX_CHUNK = 128
 # after its activation (4 each). In float32, which is for CPUs, the norms are not fused and keep more.
 _KEPT_A_ROW = {True: 17, False: 22}
 _KEPT_KEYS_VALUES_ONLY = 4
-_KEPT_OUTSIDE_LAYERS = 8  # the aggregation and norm of the first query, and the last norm
+_KEPT_OUTSIDE_LAYERS = 8  # the aggregation, the norms of what enters, and the last norm
 
 
 @dataclass(frozen=True, kw_only=True)
