@@ -50,3 +50,6 @@ def _worker(rank: int, job: Job, store: str, results: Any, prepare: Prepare | No
     except Exception as error:
         results.put((rank, user_error_in(error) or RuntimeError(traceback.format_exc())))
     dist.destroy_process_group()
+    # At the interpreter's end a thread of the libraries that still runs now and then aborts the process
+    # ("terminate called without an active exception"); what the worker had to say has been said.
+    os._exit(0)
