@@ -24,6 +24,9 @@ class Architecture:
     """Attention heads; each is d_model / n_heads wide, an even number for the rotary embedding."""
     d_prefix: int = 64
     """Width of the position table of prefix aggregation, an even number."""
+    n_neighbours: int = 1
+    """Positions on either side whose tokens, where they are known, enter the first query as they are; 0 is the paper's
+    model, where the query has to fetch them (docs/model.md, section 2.1)."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.n_two_stream_layers <= self.n_layers:
@@ -37,6 +40,8 @@ class Architecture:
             raise ValueError(f"d_model = {self.d_model} must be an even multiple of n_heads = {self.n_heads}")
         if self.d_prefix < 2 or self.d_prefix % 2:
             raise ValueError(f"d_prefix must be an even number of at least 2, not {self.d_prefix}")
+        if self.n_neighbours < 0:
+            raise ValueError(f"n_neighbours must be at least 0, not {self.n_neighbours}")
 
     def model_config(self, vocab_size: int, max_length: int) -> "ModelConfig":
         """This architecture for a vocabulary of `vocab_size` entries and texts of up to `max_length` tokens."""

@@ -50,7 +50,7 @@ class Decoder:
 
         `work` is sorted by slot, one for each.
         """
-        rows = Rows(work, self.cache, static_shapes=self.static_shapes)
+        rows = Rows(work, self.cache, n_neighbours=len(self.model.offsets), static_shapes=self.static_shapes)
         integers = rows.integers.to(self.cache.prefix.device)
         if self._recorder is None:
             logits = self._forward(rows.placed(integers))
@@ -61,8 +61,12 @@ class Decoder:
     def _forward(self, rows: Rows) -> Tensor:
         """The logits of the rows that want them, padding included."""
         model, n_content = self.model, rows.n_content
-        g_MD = model.normalised_query(torch.cat([self._aggregate(run, rows) for run in rows.runs]))
-        x_MD = model.content_norm(model.embedding(rows["tokens"]))
+        embedded_MD = model.content_norm(model.embedding(rows["embedded"]))
+        x_MD, near_MD = embedded_MD[:n_content], embedded_MD[n_content:]
+        near_MOD = None
+        if model.offsets:
+            near_MOD = (near_MD * rows["neighbours_known"][:, None]).unflatten(0, (rows.n_query, len(model.offsets)))
+        g_MD = model.first_query(torch.cat([self._aggregate(run, rows) for run in rows.runs]), near_MOD)
         both_MD = torch.cat([x_MD, g_MD.to(x_MD.dtype)])
         rotary_M = self._rotary[rows["rotated"]]  # content, content, query, query
 

@@ -132,7 +132,7 @@ class Engine:
             holes = [position for position, token in enumerate(template) if token is None]
             if sorted(position for block in blocks for position in block) != holes or not all(blocks):
                 raise ValueError(f"blocks must hold every hole of the template once, none of them empty, not {blocks}")
-        request = Request(self._next_id, template, params, blocks)
+        request = Request(self._next_id, template, params, blocks, offsets=self.model.offsets)
         self._next_id += 1
         self._waiting.append(request)
         return request.request_id

@@ -72,13 +72,17 @@ def initialise(model: nn.Module, n_layers: int, generator: torch.Generator | Non
     | projections                        | normal, 1 / sqrt(columns in)                                        |
     | out and MLP-out projections        | that, divided by sqrt(2 n_layers): the residual stream is their sum |
     | position table                     | sines and cosines of unit norm a row                                |
-    | norm of the first query            | three: its context says more at first than what the layers add      |
+    | weights of neighbours              | one next door, zero farther away                                    |
+    | norm of a query with no neighbours | three: its context says more at first than what the layers add      |
     | other norms                        | one                                                                 |
     """
+    has_neighbours = getattr(model, "neighbour_weights", None) is not None
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                parameter.fill_(3.0 if name == "query_norm.weight" else 1.0)
+                parameter.fill_(3.0 if name == "query_norm.weight" and not has_neighbours else 1.0)
+            elif name == "neighbour_weights":  # offsets -n .. -1, 1 .. n
+                parameter.zero_()[len(parameter) // 2 - 1 : len(parameter) // 2 + 1] = 1.0
             elif name == "prefix_table":
                 parameter.copy_(sinusoids(*parameter.shape))
             else:

@@ -3,7 +3,8 @@
 A block-causal transformer that predicts every token of a text from the blocks before its own, in any order and in one
 pass; docs/model.md has its equations:
 
-* prefix aggregation gives each rank a first query that does not know its own token (prefix.py, equation 4);
+* prefix aggregation and the tokens next door give each rank a first query that does not know its own token (prefix.py,
+  equations 4 and 5a);
 * the two-stream layers carry content X, causal, and query G, strictly causal, with one set of weights (equations 6, 7);
 * the causal layers above run on G alone, and the logits are read from G.
 
@@ -25,7 +26,7 @@ from armd.attention import Kernel, Mask, build_mask, choose_kernel, rotary_angle
 from armd.config import ModelConfig
 from armd.layers import Layer, initialise
 from armd.order import Order
-from armd.prefix import aggregate
+from armd.prefix import aggregate, neighbours
 from armd.products import product
 
 
@@ -41,6 +42,9 @@ class ARMD(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.prefix_table = nn.Parameter(torch.empty(config.max_length, config.d_prefix))
         self.start = nn.Parameter(torch.empty(config.d_model))
+        self.offsets = [*range(-config.n_neighbours, 0), *range(1, config.n_neighbours + 1)]
+        """Of the neighbours that enter the first query."""
+        self.neighbour_weights = nn.Parameter(torch.empty(len(self.offsets), config.d_model)) if self.offsets else None
         self.content_norm = nn.RMSNorm(config.d_model, eps=1e-6)
         self.query_norm = nn.RMSNorm(config.d_model, eps=1e-6)
         n_causal = config.n_layers - config.n_two_stream_layers
@@ -78,8 +82,7 @@ class ARMD(nn.Module):
         causal, strict = self._masks(order, kernel or self.kernel(order, tokens_BN.device))
         positions_BN = order.positions.reshape(-1, order.length)  # B is 1 where the order is shared
         rotary = rotary_angles(positions_BN, self.config.d_model // self.config.n_heads)[:, None]
-        x = self.embedding(tokens_BN.gather(1, positions_BN.expand(tokens_BN.shape)))
-        x, g = self.content_norm(x), self.first_query(x, order)
+        x, g = self.first_streams(self.embedding(tokens_BN.gather(1, positions_BN.expand(tokens_BN.shape))), order)
 
         *lower, last = self.two_stream_layers
         if lower:
@@ -92,17 +95,22 @@ class ARMD(nn.Module):
             g = self._run(layer.causal_stream, g, rotary, causal)
         return self.final_norm(g)
 
-    def first_query(self, x_BND: Tensor, order: Order) -> Tensor:
-        """G0: the prefix aggregation of the ranked embeddings, with the start vector, normalised (B, N, D)."""
+    def first_streams(self, x_BND: Tensor, order: Order) -> tuple[Tensor, Tensor]:
+        """X[0] and G[0], both (B, N, D), from the ranked embeddings."""
         p_BNE = self.prefix_table[order.positions.reshape(-1, order.length)]
         starts = order.block_starts.reshape(-1, order.length)
         with torch.autocast(x_BND.device.type, enabled=False):  # a long sum: float32 whatever the model computes in
             g_BND = aggregate(p_BNE, x_BND, starts, order.largest_block)
-        return self.normalised_query(g_BND).to(x_BND.dtype)
+        content_BND = self.content_norm(x_BND)
+        near_BNOD = neighbours(content_BND, order, self.offsets) if self.offsets else None
+        return content_BND, self.first_query(g_BND, near_BNOD).to(content_BND.dtype)
 
-    def normalised_query(self, aggregated: Tensor) -> Tensor:
-        """The query that enters the first layer, from aggregated prefixes (..., D)."""
-        return self.query_norm(aggregated.to(self.start.dtype) + self.start)
+    def first_query(self, aggregated: Tensor, near: Tensor | None) -> Tensor:
+        """G[0] from aggregated prefixes (..., D) and the content rows of the neighbours (..., O, D), zeros for none."""
+        query = self.query_norm(aggregated.to(self.start.dtype) + self.start)
+        if near is None or self.neighbour_weights is None:
+            return query
+        return query + (near * self.neighbour_weights).sum(dim=-2)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of normalised hidden rows (..., D)."""

@@ -1,19 +1,23 @@
-"""Prefix aggregation: the first query that knows the earlier blocks and nothing of its own token.
+"""The first query, which knows the earlier blocks and nothing of its own token: prefix aggregation and neighbours.
 
     G0[n] = sum over i with block(i) < block(n) of <P[n], P[i]> X[i]          (equation 4 of docs/model.md)
 
 where P[n] is the position table's row for the position at rank n. It is linear attention: written over chunks of ranks,
-equation (5), its memory is linear in N; written as a recurrence it costs one rank-one update a token.
+equation (5), its memory is linear in N; written as a recurrence it costs one rank-one update a token. A sum over all
+that is known hardly says which token stands next door; `neighbours` does (equation 5a).
 
 Shapes: B sequences (1 where an order is shared), N ranks, D model width, E width of the position table, K chunks of C
-ranks, W ranks of a window.
+ranks, W ranks of a window, O offsets from a position.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from armd.order import Order
 
 CHUNK = 128
 
@@ -44,6 +48,25 @@ def aggregate(p_BNE: Tensor, x_BND: Tensor, block_starts_BN: Tensor, largest_blo
     weights_BKCW = (p_BKCE @ p_BKWE.mT).masked_fill(~visible_BKCW, 0.0)
     g_BKCD = p_BKCE @ states_BKED + weights_BKCW @ x_BKWD
     return g_BKCD.flatten(1, 2)[:, :length]
+
+
+def neighbours(x_BND: Tensor, order: Order, offsets: Sequence[int]) -> Tensor:
+    """(B, N, O, D): for each rank, the rows of `x_BND`, ranked, at `offsets` from its position.
+
+    Zeros where nothing is known there: the text ends before, or the position is in no earlier block.
+    """
+    length = x_BND.shape[1]
+    positions_BN, ranks_BN, starts_BN = (
+        one.reshape(-1, length) for one in (order.positions, order.ranks, order.block_starts)
+    )
+    at_BNO = torch.stack([positions_BN + offset for offset in offsets], dim=-1)  # a tensor of them would be a copy
+    inside_BNO = (at_BNO >= 0) & (at_BNO < length)
+    ranks_BNO = ranks_BN.gather(1, at_BNO.clamp(0, length - 1).flatten(1)).view(at_BNO.shape)
+    known_BNO = inside_BNO & (ranks_BNO < starts_BN[..., None])
+    # What is not known reads a row of zeros behind the last one. `gather` would keep the rows for the backward pass.
+    rows_BNO = ranks_BNO.masked_fill(~known_BNO, length)
+    firsts_B = (length + 1) * torch.arange(len(x_BND), device=x_BND.device)
+    return F.embedding(rows_BNO + firsts_B[:, None, None], F.pad(x_BND, (0, 0, 0, 1)).flatten(0, 1))
 
 
 def _chunks(rows_BN_: Tensor, n_chunks: int, chunk: int) -> Tensor:

@@ -83,7 +83,7 @@ class Request:
     """The state of one request; the engine owns its slot and its turn, the decoder its tensors.
 
     `template` holds token ids, None for a hole. Known tokens come first in the order, left to right and one a block;
-    `blocks` are the positions of the holes in theirs, None: strided.
+    `blocks` are the positions of the holes in theirs, None: strided. `offsets` are the model's.
     """
 
     def __init__(
@@ -92,6 +92,8 @@ class Request:
         template: Sequence[int | None],
         params: SamplingParams,
         blocks: Sequence[Sequence[int]] | None = None,
+        *,
+        offsets: Sequence[int] = (),
     ) -> None:
         holes = [position for position, token in enumerate(template) if token is None]
         self.request_id = request_id
@@ -102,6 +104,9 @@ class Request:
         self.positions = [position for position, _ in self.known]
         """By rank, of the tokens that stand."""
         self.tokens = [token for _, token in self.known]
+        self._offsets = offsets
+        self._ranked = {position: (rank, token) for rank, (position, token) in enumerate(self.known)}
+        """position -> rank and token, of the tokens that stand."""
         blocks = stream_blocks(holes, params.n_streams) if blocks is None else blocks
         self.blocks = deque(list(block) for block in blocks)
         """Positions to fill, by block; outside parallel mode one a block."""
@@ -145,11 +150,12 @@ class Request:
         else:
             n_content = len(self.tokens) + len(self._drafts)
             self._candidates = self._next_candidates()
-            drafted = (block[0] for block in islice(self.blocks, len(self._drafts)))
+            drafted = [block[0] for block in islice(self.blocks, len(self._drafts))]
             positions = [*self.positions[self.folded :], *drafted, *self._candidates]
         causal = self.one_by_one or self.cached < len(self.known)
         n_drawn = len(self._candidates)
         n_ranks = n_content + n_drawn
+        starts = [*range(self.queried, n_content), *[n_content] * n_drawn]
         work = Work(
             slot=self.slot,
             folded=self.folded,
@@ -158,8 +164,9 @@ class Request:
             tokens=[*self.tokens[self.folded : n_content], *(draft.token for draft in self._drafts)],
             positions=positions,
             content_ends=range(self.cached + 1, n_content + 1) if causal else [n_content] * (n_content - self.cached),
-            starts=[*range(self.queried, n_content), *[n_content] * n_drawn],
+            starts=starts,
             ends=[*range(self.queried + 1, n_content + 1), *self._candidate_ends(n_content, n_ranks)],
+            neighbours=self._neighbours(positions[self.queried - self.folded :], starts) if self._offsets else (),
             n_logits=len(self._drafts) + n_drawn,
         )
         self.folded, self.cached = self.queried, n_content
@@ -227,6 +234,18 @@ class Request:
                 candidates.append(position)
         return candidates
 
+    def _neighbours(self, positions: Sequence[int], starts: Sequence[int]) -> list[int | None]:
+        """For query rows at `positions`, the tokens at the offsets from there, of the ranks before their `starts`."""
+        drafts = zip(self.blocks, self._drafts, strict=False)
+        drafted = {block[0]: (rank, one.token) for rank, (block, one) in enumerate(drafts, start=len(self.tokens))}
+        found: list[int | None] = []
+        for position, start in zip(positions, starts, strict=True):
+            for offset in self._offsets:
+                at = position + offset
+                rank, token = self._ranked.get(at) or drafted.get(at) or (start, None)
+                found.append(token if rank < start else None)
+        return found
+
     def _candidate_ends(self, n_content: int, n_ranks: int) -> Sequence[int]:
         """How many query rows each candidate sees; the first stands where it would as the next rank in any case."""
         n_drawn = n_ranks - n_content
@@ -288,6 +307,7 @@ class Request:
         """Let what the step chose for `row` stand at `position`."""
         one = self._told(position, choice, row)
         self.positions.append(position)
+        self._ranked[position] = len(self.tokens), one.token
         self.tokens.append(one.token)
         self._written[position] = (one, self._steps)
         if one.token in self.params.stop_ids and (self._end is None or position < self._end):

@@ -46,6 +46,8 @@ class Work:
     """For each query row: how many ranks of content it sees."""
     ends: Sequence[int] = ()
     """For each query row: how many ranks of query rows it sees; it always sees itself."""
+    neighbours: Sequence[int | None] = ()
+    """For each query row, at each of the model's offsets: the token there, if it is content that the row sees."""
     n_logits: int = 0
     """How many of the last query rows want logits."""
 
@@ -97,9 +99,11 @@ class Rows:
     |                      | content that it sees)                                                 |
     | query row            | query_positions, query_places, query_ranks, starts (ranks of content  |
     |                      | that it sees), query_ends (ranks of query rows that it sees)          |
+    | neighbour            | neighbour_tokens, neighbours_known (0 or 1): of each query row        |
     | folded rank          | folded_tokens, folded_positions                                       |
     | pending rank         | pending_tokens                                                        |
     | query row for logits | wanted (place among query rows)                                       |
+    | embedded token       | embedded (token): those of content rows, then of neighbours           |
     | rotated row          | rotated (position): content rows twice, then query rows twice, so     |
     |                      | that the keys and the queries of every layer are a part of it         |
 
@@ -108,11 +112,13 @@ class Rows:
     Args:
         work: what the texts bring, by slot.
         cache: where they bring it.
+        n_neighbours: of each query row.
         static_shapes: pad to a few sizes.
     """
 
-    def __init__(self, work: Sequence[Work], cache: Cache, *, static_shapes: bool) -> None:
+    def __init__(self, work: Sequence[Work], cache: Cache, *, n_neighbours: int, static_shapes: bool) -> None:
         self._cache = cache
+        self._n_neighbours = n_neighbours
         self._static = static_shapes
         self._lists: defaultdict[str, list[int]] = defaultdict(list)
         first_query: dict[int, int] = {}
@@ -131,6 +137,7 @@ class Rows:
         self.n_wanted = len(self._lists["wanted"])
         if static_shapes:
             self._lists["wanted"] += [0] * (_size(self.n_wanted) - self.n_wanted)
+        self._lists["embedded"] = self._lists["tokens"] + self._lists["neighbour_tokens"]
         self._lists["rotated"] = 2 * self._lists["content_positions"] + 2 * self._lists["query_positions"]
         self.n_content, self.n_query = len(self._lists["tokens"]), len(self._lists["query_positions"])
         self._cut = cut
@@ -175,6 +182,9 @@ class Rows:
         pad("query_ranks", query_ranks, shape.query, 0)
         pad("starts", one.starts, shape.query, 0)
         pad("query_ends", one.ends, shape.query, 1)
+        n_neighbours = shape.query * self._n_neighbours
+        pad("neighbour_tokens", [token or 0 for token in one.neighbours], n_neighbours, 0)
+        pad("neighbours_known", [token is not None for token in one.neighbours], n_neighbours, 0)
         pad("folded_tokens", one.tokens[:queried], shape.folded, 0)
         pad("folded_positions", one.positions[:queried], shape.folded, nowhere)
         pad("pending_tokens", one.tokens[queried:], shape.pending, 0)

@@ -43,6 +43,12 @@ def _mixed(config: TrainConfig, *, share: float, max_shuffled: int = 0, **change
     return _changed(mixed, max_shuffled=max_shuffled)
 
 
+def _no_neighbours(config: TrainConfig) -> TrainConfig:
+    """The mixed recipe on the paper's model, whose first query is prefix aggregation alone."""
+    architecture = dataclasses.replace(config.architecture, n_neighbours=0)
+    return _mixed(config, share=0.5, streams=(2, 4, 8), architecture=architecture)
+
+
 def _every_layer_two_stream(config: TrainConfig) -> TrainConfig:
     """The mixed recipe with no causal layer on top."""
     architecture = dataclasses.replace(config.architecture, n_two_stream_layers=config.architecture.n_layers)
@@ -66,6 +72,7 @@ CONTESTANTS = {
     "mixed-rho-8": Contestant(
         label="ARMD, mixed, 50% strided, rho=8", train=partial(_mixed, share=0.5, max_shuffled=8, streams=(2, 4, 8))
     ),
+    "mixed-no-neighbours": Contestant(label="ARMD, mixed, no neighbours in the first query", train=_no_neighbours),
     "mixed-two-stream": Contestant(label="ARMD, mixed, every layer two-stream", train=_every_layer_two_stream),
     "masked-diffusion": Contestant(label="masked diffusion", train=partial(_baseline, model="masked_diffusion")),
 }

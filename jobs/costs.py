@@ -20,7 +20,7 @@ PREFIX_CHUNK = 128
 # after its activation (4 each). In float32, which is for CPUs, the norms are not fused and keep more.
 _KEPT_A_ROW = {True: 17, False: 22}
 _KEPT_KEYS_VALUES_ONLY = 4
-_KEPT_OUTSIDE_LAYERS = 8  # the aggregation, the norms of what enters, and the last norm
+_KEPT_OUTSIDE_LAYERS = 8  # the aggregation, the norms of what enters, and the last norm; neighbours come on top
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,11 +153,12 @@ def memory(config: ModelConfig, train: TrainConfig, n_parameters: int, *, bfloat
 def _kept_a_row(config: ModelConfig, train: TrainConfig, *, bfloat16: bool) -> float:
     """Tensors as wide as the model that are kept a row for the backward pass of all layers."""
     n_both = config.n_two_stream_layers - 1  # the last one brings keys and values alone of its content
+    neighbours = 2 * config.n_neighbours
     if not train.activation_checkpointing:
-        return _KEPT_A_ROW[bfloat16] * (n_both + config.n_layers) + _KEPT_KEYS_VALUES_ONLY
+        return _KEPT_A_ROW[bfloat16] * (n_both + config.n_layers) + _KEPT_KEYS_VALUES_ONLY + neighbours
     # What enters each layer; what the first query and the last norm keep; and all of the layer that is computed again.
     entering = 2 * config.n_two_stream_layers + (config.n_layers - config.n_two_stream_layers)
-    return entering + _KEPT_OUTSIDE_LAYERS + _KEPT_A_ROW[bfloat16] * (2 if n_both else 1)
+    return entering + _KEPT_OUTSIDE_LAYERS + neighbours + _KEPT_A_ROW[bfloat16] * (2 if n_both else 1)
 
 
 def checkpoint_bytes(train: TrainConfig, n_parameters: int, *, bfloat16: bool) -> float:

@@ -33,6 +33,16 @@ def prefix_by_loop(p_NE: Tensor, x_ND: Tensor, blocks: Sequence[int]) -> Tensor:
     return torch.stack(rows)
 
 
+def neighbours_by_loop(x_ND: Tensor, positions: Sequence[int], blocks: Sequence[int], offsets: Sequence[int]) -> Tensor:
+    """For each rank and offset, the row of the position there, if it is in an earlier block; else zeros."""
+    rows = []
+    for n, position in enumerate(positions):
+        for offset in offsets:
+            i = positions.index(position + offset) if position + offset in positions else n
+            rows.append(x_ND[i] if blocks[i] < blocks[n] else torch.zeros_like(x_ND[0]))
+    return torch.stack(rows).unflatten(0, (len(positions), len(offsets)))
+
+
 def attend_by_loop(q_NA: Tensor, k_NA: Tensor, v_NA: Tensor, visible: Sequence[Sequence[int]]) -> Tensor:
     """One head: query n over the keys `visible[n]`, one softmax at a time."""
     rows = []
@@ -51,6 +61,9 @@ def logits_by_loop(model: ARMD, tokens: Sequence[int], order: Order, row: int = 
     x = model.embedding.weight[[tokens[p] for p in positions]]
     g = model.query_norm(prefix_by_loop(model.prefix_table[positions], x, blocks) + model.start)
     x = model.content_norm(x)
+    if model.neighbour_weights is not None:
+        near = neighbours_by_loop(x, positions, blocks, model.offsets)
+        g = g + sum(weight_D * near[:, o] for o, weight_D in enumerate(model.neighbour_weights))
     rotary = rotary_angles(torch.tensor(positions), model.config.d_model // model.config.n_heads)
 
     def heads(rows: Tensor) -> Iterator[Tensor]:

@@ -183,7 +183,8 @@ def test_baselines_have_armds_parameters_but_for_what_is_its_own() -> None:
     config = armd.ARCHITECTURES["tiny"].model_config(100, 64)
     counts = {name: sum(p.numel() for p in model(config).parameters()) for name, model in MODELS.items()}
     null_keys = config.n_two_stream_layers * 2 * config.d_model
-    assert counts["armd"] - counts["autoregressive"] == 64 * config.d_prefix + config.d_model + null_keys
+    first_query = 64 * config.d_prefix + config.d_model + 2 * config.d_model  # table, start vector, neighbours
+    assert counts["armd"] - counts["autoregressive"] == first_query + null_keys
     assert counts["masked_diffusion"] - counts["autoregressive"] == 0  # [mask] for the start vector
     assert AutoregressiveLM is armd.AutoregressiveLM
     assert MaskedDiffusionLM is armd.MaskedDiffusionLM

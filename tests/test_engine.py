@@ -187,6 +187,14 @@ def test_cached_decoding_for_any_split_of_layers(n_layers: tuple[int, int], mode
     assert_cached_is_parallel(model, [1, 2, *[None] * 12], SamplingParams(n_streams=3, **MODES[mode]))
 
 
+@pytest.mark.parametrize("n_neighbours", [0, 1, 3])
+@pytest.mark.parametrize("mode", MODES)
+def test_cached_decoding_with_any_number_of_neighbours(mode: str, n_neighbours: int) -> None:
+    """Seen to fail when a query row sees drafts at ranks from its start on, and when it sees none."""
+    model = tiny_model(n_neighbours=n_neighbours)
+    assert_cached_is_parallel(model, [1, 2, *[None] * 12], SamplingParams(n_streams=3, **MODES[mode]))
+
+
 @pytest.mark.parametrize("static_shapes", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_cached_decoding_in_bfloat16(mode: str, static_shapes: bool) -> None:

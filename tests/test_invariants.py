@@ -65,12 +65,12 @@ def hidden_of_targets(model: ARMD, order: Order) -> torch.Tensor:
         return model.hidden_by_rank(tokens, order)[0, list(TARGETS)]
 
 
-def test_2_prefix_aggregation_does_not_depend_on_the_order_of_the_evidence() -> None:
-    """G0 is a sum over the evidence. Fails with the table read by rank: `self.prefix_table[: order.length][None]`."""
+def test_2_the_first_query_does_not_depend_on_the_order_of_the_evidence() -> None:
+    """It is a sum over the evidence. Fails with the table read by rank: `self.prefix_table[: order.length][None]`."""
     model = tiny_model()
     x = torch.randn(1, 7, 16, generator=generator(), dtype=torch.float64)
     first, permuted = (
-        model.first_query(x[:, order.positions], order)[0, list(TARGETS)]
+        model.first_streams(x[:, order.positions], order)[1][0, list(TARGETS)]
         for order in (EVIDENCE_FIRST, EVIDENCE_PERMUTED)
     )
     torch.testing.assert_close(first, permuted, rtol=1e-5, atol=1e-6)

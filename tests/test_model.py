@@ -19,10 +19,11 @@ from tests.oracle import logits_by_loop
 from tests.orders import NAMES, generator, orders
 
 
+@pytest.mark.parametrize("n_neighbours", [0, 1, 2])
 @pytest.mark.parametrize("name", NAMES)
-def test_forward_is_the_definition(name: str) -> None:
+def test_forward_is_the_definition(name: str, n_neighbours: int) -> None:
     """Every kind of order against loops over ranks. Fails with `<=` for `<` in boolean_mask."""
-    model, order = tiny_model(), orders(9)[name]
+    model, order = tiny_model(n_neighbours=n_neighbours), orders(9)[name]
     tokens = torch.randint(13, (2, 9), generator=generator())
     with torch.no_grad():
         logits = model(tokens, order)
@@ -70,7 +71,7 @@ MODES = ["left to right", "by sequence", "strided 3, prefix, ragged"]
 def test_bfloat16_autocast(name: str) -> None:
     """Within bfloat16's three digits; prefix aggregation, a long sum, stays in float32 all the same.
 
-    Fails without `enabled=False` in first_query.
+    Fails without `enabled=False` in first_streams.
     """
     model, order = tiny_model().float(), orders(32)[name]
     exact = results(model, order)
@@ -181,7 +182,7 @@ def test_on_a_gpu(name: str) -> None:
 # Size and start
 
 
-@pytest.mark.parametrize(("name", "count"), [("tiny", 7_254_144), ("small", 123_628_288), ("medium", 353_596_416)])
+@pytest.mark.parametrize(("name", "count"), [("tiny", 7_254_400), ("small", 123_629_824), ("medium", 353_598_464)])
 def test_parameter_counts_of_the_presets(name: str, count: int) -> None:
     """With GPT-2's vocabulary. The head is tied to the embedding; the layers hold 12 d^2 each.
 
@@ -192,7 +193,8 @@ def test_parameter_counts_of_the_presets(name: str, count: int) -> None:
         model = ARMD(architecture.model_config(50_257, 1024))
     d, layers = architecture.d_model, architecture.n_layers
     by_hand = 50_257 * d + 1024 * architecture.d_prefix + layers * (12 * d * d + 2 * d)
-    by_hand += architecture.n_two_stream_layers * 2 * d + 4 * d  # null keys; start vector and three norms
+    by_hand += architecture.n_two_stream_layers * 2 * d  # null keys
+    by_hand += 4 * d + 2 * d  # start vector and three norms; a neighbour on either side
     assert sum(parameter.numel() for parameter in model.parameters()) == count == by_hand
 
 
@@ -227,7 +229,9 @@ def test_same_generator_same_weights() -> None:
 def test_initialisation_row_by_row() -> None:
     """The table of `initialise`. Fails when any of its rows is changed in the code."""
     d, n_layers = 96, 3
-    architecture = Architecture(n_layers=n_layers, n_two_stream_layers=2, d_model=d, n_heads=4, d_prefix=32)
+    architecture = Architecture(
+        n_layers=n_layers, n_two_stream_layers=2, d_model=d, n_heads=4, d_prefix=32, n_neighbours=2
+    )
     model = ARMD(architecture.model_config(200, 64), generator=generator())
     residual = 1 / math.sqrt(2 * n_layers)
     deviations = {
@@ -243,7 +247,9 @@ def test_initialisation_row_by_row() -> None:
     checked = 0
     for name, parameter in model.named_parameters():
         if "norm" in name:
-            assert torch.equal(parameter, torch.full_like(parameter, 3.0 if name == "query_norm.weight" else 1.0)), name
+            assert torch.equal(parameter, torch.ones_like(parameter)), name
+        elif name == "neighbour_weights":  # offsets -2, -1, 1, 2
+            assert torch.equal(parameter, torch.tensor([0.0, 1.0, 1.0, 0.0])[:, None].expand_as(parameter))
         elif name == "prefix_table":
             rotation = (1 / 10_000 ** (torch.arange(0, 32, 2) / 32)) * torch.arange(64)[:, None]
             expected = torch.cat([rotation.sin(), rotation.cos()], dim=1) / 4
@@ -255,7 +261,7 @@ def test_initialisation_row_by_row() -> None:
             assert float(parameter.detach().std()) == pytest.approx(wanted, rel=tolerance), name
             assert abs(float(parameter.detach().mean())) < 4 * wanted / math.sqrt(parameter.numel()), name
         checked += 1
-    assert checked == 3 + 7 * n_layers + 2 + 3  # embedding, table, start; a layer's; null keys; three norms
+    assert checked == 4 + 7 * n_layers + 2 + 3  # embedding, table, start, neighbours; a layer's; null keys; three norms
 
 
 def test_initial_loss_is_that_of_guessing() -> None:

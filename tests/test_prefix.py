@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from armd import Order
-from armd.prefix import aggregate
+from armd.prefix import aggregate, neighbours
 from tests.memory import LargestTensor
-from tests.oracle import blocks_by_loop, prefix_by_loop
+from tests.oracle import blocks_by_loop, neighbours_by_loop, positions_by_loop, prefix_by_loop
 from tests.orders import NAMES, generator, orders
 
 
@@ -25,6 +25,26 @@ def test_chunked_is_the_quadratic_sum(name: str, chunk: int) -> None:
     expected = expected + 0.0 * (p.sum() + x.sum())  # one block: nothing is summed, and gradients are zero
     for a, b in zip(*(torch.autograd.grad((g * weight).sum(), (p, x)) for g in (got, expected)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("offsets", [[-1, 1], [-3, 2, 30]], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_neighbours_are_those_of_earlier_blocks(name: str, offsets: list[int]) -> None:
+    """Fails with `<=` for the last `<` of `neighbours`, and without `inside_BNO`."""
+    order = orders(23)[name]
+    x = torch.randn(2, 23, 5, generator=generator(1), requires_grad=True)
+    got = neighbours(x, order, offsets)
+    expected = torch.stack(
+        [
+            neighbours_by_loop(x[row], positions_by_loop(order, row), blocks_by_loop(order, row), offsets)
+            for row in range(2)
+        ]
+    )
+    assert torch.equal(got, expected)
+    expected = expected + 0.0 * x.sum()  # one block: nothing is known, and gradients are zero
+    weight = torch.randn(got.shape, generator=generator(2))
+    grads = [torch.autograd.grad((one * weight).sum(), x)[0] for one in (got, expected)]
+    torch.testing.assert_close(*grads)
 
 
 def test_an_order_shared_by_the_batch_needs_one_table() -> None:

@@ -77,8 +77,8 @@ def test_contestants_differ_in_model_and_orders_alone() -> None:
         fields = dataclasses.asdict(config)
         assert {field: value for field, value in fields.items() if field not in own} == plain, name
         assert config.total_steps == shared.total_steps, name
-        streams = {"n_two_stream_layers": shared.architecture.n_two_stream_layers}
-        assert dataclasses.replace(config.architecture, **streams) == shared.architecture, name
+        own_shape = {key: getattr(shared.architecture, key) for key in ("n_two_stream_layers", "n_neighbours")}
+        assert dataclasses.replace(config.architecture, **own_shape) == shared.architecture, name
     changed = {name: contestant.train(shared) for name, contestant in CONTESTANTS.items()}
     assert len(set(map(repr, changed.values()))) == len(changed), "two contestants are the same"
     assert changed["autoregressive"].model == "autoregressive"
@@ -86,6 +86,7 @@ def test_contestants_differ_in_model_and_orders_alone() -> None:
     assert not changed["left-to-right"].teaches_streams
     assert [changed[f"rho-{rho}"].max_shuffled for rho in (0, 8, 32)] == [0, 8, 32]
     assert changed["mixed"].strided_share == 0.5
+    assert changed["mixed-no-neighbours"].architecture.n_neighbours == 0
     assert changed["mixed"].mix_after == shared.total_steps // 10
 
 
