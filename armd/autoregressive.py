@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from armd.attention import rotary_angles
-from armd.cached_layer import CachedLayer, rotary_rows
+from armd.cached_layer import CachedLayer, RowNorm, rotary_rows
 from armd.config import ModelConfig
 from armd.layers import Layer, initialise
 from armd.products import product
@@ -116,6 +116,7 @@ class _Decoder:
         storage = model.start.new_empty(config.n_layers, 2, n_texts, length, config.n_heads, head_width)
         self._model = model
         self._layers = [*map(CachedLayer, model.layers, storage)]
+        self._input_norm, self._final_norm = RowNorm(model.input_norm), RowNorm(model.final_norm)
         self._rotary = rotary_rows(torch.arange(length, device=storage.device), head_width)
         self._first_places_B = torch.arange(n_texts, device=storage.device) * length
         self._n_cached = 0
@@ -138,9 +139,9 @@ class _Decoder:
         if n_rows > 1:
             mask = x_BRD.new_full((n_rows, end), -torch.inf).triu_(1 + start)
         runs = [(slice(0, n_texts), slice(0, n_texts * n_rows), Seen(slice(0, end), mask))]
-        x_MD = model.input_norm(x_BRD.flatten(0, 1))
+        x_MD = self._input_norm(x_BRD.flatten(0, 1))
         for layer in self._layers:
             normed_MD = layer.normed(x_MD)
             q_MHA = layer.project(normed_MD, normed_MD, rotary_M, places_M)
             x_MD = layer.finish(x_MD, layer.attend(q_MHA, runs))
-        return product(model.final_norm(x_MD[n_rows - 1 :: n_rows]), model.embedding.weight)
+        return product(self._final_norm(x_MD[n_rows - 1 :: n_rows]), model.embedding.weight)

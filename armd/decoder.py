@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from armd.cache import Cache
-from armd.cached_layer import CachedLayer, rotary_rows
+from armd.cached_layer import CachedLayer, RowNorm, rotary_rows
 from armd.model import ARMD
 from armd.products import product
 from armd.recorder import Recorder
@@ -37,6 +37,8 @@ class Decoder:
         self._recorder = Recorder() if static_shapes and cache.prefix.device.type == "cuda" else None
         config = model.config
         with torch.inference_mode():
+            norms = (model.content_norm, model.query_norm, model.final_norm)
+            self._content_norm, self._query_norm, self._final_norm = map(RowNorm, norms)
             self._two_stream_layers = [*map(CachedLayer, model.two_stream_layers, cache.content)]
             self._causal_layers = [*map(CachedLayer, model.causal_layers, cache.query)]
             # One position more than there are, for the padding, which aggregates nothing.
@@ -61,13 +63,13 @@ class Decoder:
     def _forward(self, rows: Rows) -> Tensor:
         """The logits of the rows that want them, padding included."""
         model, n_content = self.model, rows.n_content
-        embedded_MD = model.content_norm(model.embedding(rows["embedded"]))
-        x_MD, near_MD = embedded_MD[:n_content], embedded_MD[n_content:]
-        near_MOD = None
-        if model.offsets:
-            near_MOD = (near_MD * rows["neighbours_known"][:, None]).unflatten(0, (rows.n_query, len(model.offsets)))
-        g_MD = model.first_query(torch.cat([self._aggregate(run, rows) for run in rows.runs]), near_MOD)
-        both_MD = torch.cat([x_MD, g_MD.to(x_MD.dtype)])
+        embedded_MD = self._content_norm(F.embedding(rows["embedded"], model.embedding.weight))
+        aggregated_MD = torch.cat([self._aggregate(run, rows) for run in rows.runs])
+        g_MD = self._query_norm(aggregated_MD.to(model.start.dtype) + model.start)
+        if model.neighbour_weights is not None:
+            near_MD = embedded_MD[n_content:] * rows["neighbours_known"][:, None]
+            g_MD = g_MD + (near_MD.view(rows.n_query, *model.neighbour_weights.shape) * model.neighbour_weights).sum(1)
+        both_MD = torch.cat([embedded_MD[:n_content], g_MD])
         rotary_M = self._rotary[rows["rotated"]]  # content, content, query, query
 
         content = [(run.slots, run.content, run.content_seen) for run in rows.runs if _some(run.content)]
@@ -91,7 +93,7 @@ class Decoder:
             normed_MD = layer.normed(g_MD)
             q_MHA = layer.project(normed_MD, normed_MD, rotary_M[2 * n_content :], rows["query_places"])
             g_MD = layer.finish(g_MD, layer.attend(q_MHA, query))
-        return product(model.final_norm(g_MD[rows["wanted"]]), model.embedding.weight)
+        return product(self._final_norm(g_MD[rows["wanted"]]), model.embedding.weight)
 
     def _aggregate(self, run: Run, rows: Rows) -> Tensor:
         """Prefix aggregation (B * R, D) of a run's query rows: the state of certain ranks, and pending ones on top."""

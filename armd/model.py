@@ -102,15 +102,11 @@ class ARMD(nn.Module):
         with torch.autocast(x_BND.device.type, enabled=False):  # a long sum: float32 whatever the model computes in
             g_BND = aggregate(p_BNE, x_BND, starts, order.largest_block)
         content_BND = self.content_norm(x_BND)
-        near_BNOD = neighbours(content_BND, order, self.offsets) if self.offsets else None
-        return content_BND, self.first_query(g_BND, near_BNOD).to(content_BND.dtype)
-
-    def first_query(self, aggregated: Tensor, near: Tensor | None) -> Tensor:
-        """G[0] from aggregated prefixes (..., D) and the content rows of the neighbours (..., O, D), zeros for none."""
-        query = self.query_norm(aggregated.to(self.start.dtype) + self.start)
-        if near is None or self.neighbour_weights is None:
-            return query
-        return query + (near * self.neighbour_weights).sum(dim=-2)
+        query_BND = self.query_norm(g_BND.to(self.start.dtype) + self.start)
+        if self.neighbour_weights is not None:
+            near_BNOD = neighbours(content_BND, order, self.offsets)
+            query_BND = query_BND + (near_BNOD * self.neighbour_weights).sum(dim=2)
+        return content_BND, query_BND.to(content_BND.dtype)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of normalised hidden rows (..., D)."""
