@@ -1,4 +1,4 @@
-"""A layer over rows; that all of it is the layer of the parallel pass, test_engine.py holds."""
+"""A layer over rows; that all of it is the layer of the parallel pass, test_decoder.py holds."""
 
 import pytest
 import torch

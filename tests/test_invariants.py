@@ -125,7 +125,7 @@ def test_2_order_inside_the_target_block_only_permutes_the_outputs() -> None:
 def test_3_shifted_keys_are_masked_attention(name: str) -> None:
     """In float64 to its rounding. Fails with the strict limit `starts` or `starts + 2` for `starts + 1` in _masks.
 
-    Chunked == quadratic is in test_prefix.py, cached == parallel in test_engine.py.
+    Chunked == quadratic is in test_prefix.py, cached == parallel in test_decoder.py.
     """
     model, order = tiny_model(), orders(9)[name]
     tokens = torch.randint(13, (2, 9), generator=generator())
