@@ -22,7 +22,7 @@ from armd.sampling import SamplingParams, distribution, draw, parts
 
 
 class AutoregressiveLM(nn.Module):
-    """The baseline; `n_two_stream_layers` and `d_prefix` of the configuration mean nothing to it."""
+    """The baseline; `n_two_stream_layers`, `d_prefix` and `n_neighbours` of the configuration mean nothing to it."""
 
     def __init__(self, config: ModelConfig, *, generator: torch.Generator | None = None) -> None:
         super().__init__()

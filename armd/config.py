@@ -26,7 +26,7 @@ class Architecture:
     """Width of the position table of prefix aggregation, an even number."""
     n_neighbours: int = 1
     """Positions on either side whose tokens, where they are known, enter the first query as they are; 0 is the paper's
-    model, where the query has to fetch them (docs/model.md, section 2.1)."""
+    model, whose query has to fetch them (docs/model.md, section 2.1)."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.n_two_stream_layers <= self.n_layers:
@@ -71,7 +71,7 @@ class ModelConfig(Architecture):
 
 ARCHITECTURES = {
     "tiny": Architecture(n_layers=4, n_two_stream_layers=2, d_model=128, n_heads=4, d_prefix=32),
-    "small": Architecture(n_layers=12, n_two_stream_layers=6, d_model=768, n_heads=12),
-    "medium": Architecture(n_layers=24, n_two_stream_layers=12, d_model=1024, n_heads=16),
+    "small": Architecture(n_layers=12, n_two_stream_layers=6, d_model=768, n_heads=12, n_neighbours=0),
+    "medium": Architecture(n_layers=24, n_two_stream_layers=12, d_model=1024, n_heads=16, n_neighbours=0),
 }
 """Named shapes: `tiny` for tests and demonstrations, `small` (125M) and `medium` (345M) as in the paper."""

@@ -11,8 +11,8 @@ def adamw(
 ) -> torch.optim.AdamW:
     """AdamW over all parameters; only the layers' projections are decayed.
 
-    The embedding, the position table, norms and single vectors keep their size: the first two are looked up row by
-    row, and decay would shrink the rare rows.
+    The embedding, the position table, norms, weights of neighbours and single vectors keep their size: the first two
+    are looked up row by row, and decay would shrink the rare rows.
     """
     decayed: list[torch.nn.Parameter] = []
     kept: list[torch.nn.Parameter] = []

@@ -63,10 +63,11 @@ def neighbours(x_BND: Tensor, order: Order, offsets: Sequence[int]) -> Tensor:
     inside_BNO = (at_BNO >= 0) & (at_BNO < length)
     ranks_BNO = ranks_BN.gather(1, at_BNO.clamp(0, length - 1).flatten(1)).view(at_BNO.shape)
     known_BNO = inside_BNO & (ranks_BNO < starts_BN[..., None])
+    rows_MD = x_BND.flatten(0, 1)
+    firsts_B11 = torch.arange(0, len(rows_MD), length, device=x_BND.device)[:, None, None]
     # What is not known reads a row of zeros behind the last one. `gather` would keep the rows for the backward pass.
-    rows_BNO = ranks_BNO.masked_fill(~known_BNO, length)
-    firsts_B = (length + 1) * torch.arange(len(x_BND), device=x_BND.device)
-    return F.embedding(rows_BNO + firsts_B[:, None, None], F.pad(x_BND, (0, 0, 0, 1)).flatten(0, 1))
+    places_BNO = (firsts_B11 + ranks_BNO).masked_fill(~known_BNO, len(rows_MD))
+    return F.embedding(places_BNO, F.pad(rows_MD, (0, 0, 0, 1)))
 
 
 def _chunks(rows_BN_: Tensor, n_chunks: int, chunk: int) -> Tensor:

@@ -95,11 +95,11 @@ class Rows:
 
     | of each              | integers                                                              |
     | -------------------- | --------------------------------------------------------------------- |
-    | content row          | tokens, content_positions, content_places, content_ends (ranks of     |
-    |                      | content that it sees)                                                 |
+    | content row          | content_positions, content_places, content_ends (ranks of content     |
+    |                      | that it sees)                                                         |
     | query row            | query_positions, query_places, query_ranks, starts (ranks of content  |
     |                      | that it sees), query_ends (ranks of query rows that it sees)          |
-    | neighbour            | neighbour_tokens, neighbours_known (0 or 1): of each query row        |
+    | neighbour            | neighbours_known (0 or 1): of each query row, at each offset          |
     | folded rank          | folded_tokens, folded_positions                                       |
     | pending rank         | pending_tokens                                                        |
     | query row for logits | wanted (place among query rows)                                       |
@@ -137,9 +137,10 @@ class Rows:
         self.n_wanted = len(self._lists["wanted"])
         if static_shapes:
             self._lists["wanted"] += [0] * (_size(self.n_wanted) - self.n_wanted)
-        self._lists["embedded"] = self._lists["tokens"] + self._lists["neighbour_tokens"]
+        tokens = self._lists.pop("tokens")
+        self._lists["embedded"] = tokens + self._lists.pop("neighbour_tokens")
         self._lists["rotated"] = 2 * self._lists["content_positions"] + 2 * self._lists["query_positions"]
-        self.n_content, self.n_query = len(self._lists["tokens"]), len(self._lists["query_positions"])
+        self.n_content, self.n_query = len(tokens), len(self._lists["query_positions"])
         self._cut = cut
         self._sizes = [len(values) for values in self._lists.values()]
         self.integers = torch.tensor([*chain(*self._lists.values())])
@@ -183,6 +184,9 @@ class Rows:
         pad("starts", one.starts, shape.query, 0)
         pad("query_ends", one.ends, shape.query, 1)
         n_neighbours = shape.query * self._n_neighbours
+        assert len(one.neighbours) == self._n_neighbours * len(one.starts), (
+            "a query row has a token or None at each offset"
+        )
         pad("neighbour_tokens", [token or 0 for token in one.neighbours], n_neighbours, 0)
         pad("neighbours_known", [token is not None for token in one.neighbours], n_neighbours, 0)
         pad("folded_tokens", one.tokens[:queried], shape.folded, 0)

@@ -1,4 +1,4 @@
-"""What a study compares: the baselines, the paper's recipes of ARMD, and recipes beyond the paper.
+"""What a study compares: the baselines, the paper's recipes of ARMD, and recipes and models beyond the paper.
 
 Each is a function of the study's training configuration that keeps data, batch and the whole number of steps, and
 changes the model or the schedule of orders (docs/model.md, section 3).
@@ -78,5 +78,8 @@ CONTESTANTS = {
 }
 """Contestants by the name that the command line takes."""
 
-DEFAULT_CONTESTANTS = ("autoregressive", "left-to-right", "rho-0", "rho-8", "rho-32", "mixed", "masked-diffusion")
-"""The paper's comparison and the mixed recipe."""
+DEFAULT_CONTESTANTS = (
+    *("autoregressive", "left-to-right", "rho-0", "rho-8", "rho-32", "mixed", "mixed-no-neighbours"),
+    "masked-diffusion",
+)
+"""The paper's comparison, the mixed recipe, and that on the paper's own model."""

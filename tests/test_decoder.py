@@ -136,6 +136,14 @@ def test_a_step_waits_for_nothing() -> None:
     model = tiny_model().to("meta")
     with torch.device("meta"):
         decoder = Decoder(model, 2)
-    work = Work(slot=0, tokens=[1, 2], positions=[0, 1, 2], content_ends=[1, 2], starts=[0, 1, 2], ends=[1, 2, 3])
+    work = Work(
+        slot=0,
+        tokens=[1, 2],
+        positions=[0, 1, 2],
+        content_ends=[1, 2],
+        starts=[0, 1, 2],
+        ends=[1, 2, 3],
+        neighbours=[None, None, None, None, None, 1, None, None, 1, 2, None, None],
+    )
     other = dataclasses.replace(work, slot=1, n_logits=2)
     assert decoder.step([work, other]).shape == (2, 13)

@@ -182,7 +182,7 @@ def test_on_a_gpu(name: str) -> None:
 # Size and start
 
 
-@pytest.mark.parametrize(("name", "count"), [("tiny", 7_254_400), ("small", 123_629_824), ("medium", 353_598_464)])
+@pytest.mark.parametrize(("name", "count"), [("tiny", 7_254_400), ("small", 123_628_288), ("medium", 353_596_416)])
 def test_parameter_counts_of_the_presets(name: str, count: int) -> None:
     """With GPT-2's vocabulary. The head is tied to the embedding; the layers hold 12 d^2 each.
 
@@ -194,7 +194,7 @@ def test_parameter_counts_of_the_presets(name: str, count: int) -> None:
     d, layers = architecture.d_model, architecture.n_layers
     by_hand = 50_257 * d + 1024 * architecture.d_prefix + layers * (12 * d * d + 2 * d)
     by_hand += architecture.n_two_stream_layers * 2 * d  # null keys
-    by_hand += 4 * d + 2 * d  # start vector and three norms; a neighbour on either side
+    by_hand += 4 * d + 2 * architecture.n_neighbours * d  # start vector and three norms; neighbours on either side
     assert sum(parameter.numel() for parameter in model.parameters()) == count == by_hand
 
 
@@ -226,11 +226,12 @@ def test_same_generator_same_weights() -> None:
     assert not torch.equal(one.embedding.weight, other.embedding.weight)
 
 
-def test_initialisation_row_by_row() -> None:
+@pytest.mark.parametrize("n_neighbours", [0, 2])
+def test_initialisation_row_by_row(n_neighbours: int) -> None:
     """The table of `initialise`. Fails when any of its rows is changed in the code."""
     d, n_layers = 96, 3
     architecture = Architecture(
-        n_layers=n_layers, n_two_stream_layers=2, d_model=d, n_heads=4, d_prefix=32, n_neighbours=2
+        n_layers=n_layers, n_two_stream_layers=2, d_model=d, n_heads=4, d_prefix=32, n_neighbours=n_neighbours
     )
     model = ARMD(architecture.model_config(200, 64), generator=generator())
     residual = 1 / math.sqrt(2 * n_layers)
@@ -247,7 +248,8 @@ def test_initialisation_row_by_row() -> None:
     checked = 0
     for name, parameter in model.named_parameters():
         if "norm" in name:
-            assert torch.equal(parameter, torch.ones_like(parameter)), name
+            loud = name == "query_norm.weight" and not n_neighbours
+            assert torch.equal(parameter, torch.full_like(parameter, 3.0 if loud else 1.0)), name
         elif name == "neighbour_weights":  # offsets -2, -1, 1, 2
             assert torch.equal(parameter, torch.tensor([0.0, 1.0, 1.0, 0.0])[:, None].expand_as(parameter))
         elif name == "prefix_table":
@@ -261,7 +263,8 @@ def test_initialisation_row_by_row() -> None:
             assert float(parameter.detach().std()) == pytest.approx(wanted, rel=tolerance), name
             assert abs(float(parameter.detach().mean())) < 4 * wanted / math.sqrt(parameter.numel()), name
         checked += 1
-    assert checked == 4 + 7 * n_layers + 2 + 3  # embedding, table, start, neighbours; a layer's; null keys; three norms
+    # Embedding, table, start; a layer's; null keys; norms; neighbours.
+    assert checked == 3 + 7 * n_layers + 2 + 3 + (n_neighbours > 0)
 
 
 def test_initial_loss_is_that_of_guessing() -> None:

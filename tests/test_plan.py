@@ -157,6 +157,7 @@ def test_small_is_the_papers_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "small", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
     assert 120e6 < made["parameters"] < 130e6
+    assert made["config"]["train"]["architecture"]["n_neighbours"] == 0
     assert made["tokens"] == 410_000 * 512 * 1024
     assert made["vocab_size"] == 50_257
     assert made["config"]["train"]["learning_rate"] == 3e-4

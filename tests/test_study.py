@@ -122,7 +122,7 @@ def test_a_plan_counts_every_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert six["disk"]["export"] == 6 * one["disk"]["export"]
     assert six["memory_per_rank"] == one["memory_per_rank"]
     assert main(["plan", "replicate", "--seeds", "0"]) == 0
-    assert "900 in each of 7 runs" in capsys.readouterr().out
+    assert "900 in each of 8 runs" in capsys.readouterr().out
 
 
 @pytest.mark.ray
