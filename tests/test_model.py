@@ -290,3 +290,22 @@ def test_initial_loss_is_that_of_guessing() -> None:
 def test_input_that_does_not_fit_is_refused(tokens: Tensor, order: Order, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_model()(tokens, order)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"n_two_stream_layers": 13}, "n_two_stream_layers must be between 1 and n_layers = 12, not 13"),
+        ({"n_two_stream_layers": 0}, "n_two_stream_layers must be between 1 and n_layers = 12, not 0"),
+        ({"d_model": 0}, "d_model must be at least 1, not 0"),
+        ({"n_heads": -1}, "n_heads must be at least 1, not -1"),
+        ({"n_heads": 7}, "d_model = 768 must be an even multiple of n_heads = 7"),
+        ({"d_model": 36}, "d_model = 36 must be an even multiple of n_heads = 12"),
+        ({"d_prefix": 5}, "d_prefix must be an even number of at least 2, not 5"),
+        ({"n_neighbours": -1}, "n_neighbours must be at least 0, not -1"),
+    ],
+    ids=str,
+)
+def test_shapes_that_make_no_model_are_refused(shape: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Architecture(**shape)
