@@ -72,7 +72,8 @@ def initialise(model: nn.Module, n_layers: int, generator: torch.Generator | Non
     | projections                        | normal, 1 / sqrt(columns in)                                        |
     | out and MLP-out projections        | that, divided by sqrt(2 n_layers): the residual stream is their sum |
     | position table                     | sines and cosines of unit norm a row                                |
-    | weights of neighbours              | one next door, zero farther away                                    |
+    | weights of neighbours              | one on the left, signs drawn on the right, so that the sum of both  |
+    |                                    | tells which is which; zero farther away than next door              |
     | norm of a query with no neighbours | three: its context says more at first than what the layers add      |
     | other norms                        | one                                                                 |
     """
@@ -82,7 +83,9 @@ def initialise(model: nn.Module, n_layers: int, generator: torch.Generator | Non
             if "norm" in name:
                 parameter.fill_(3.0 if name == "query_norm.weight" and not has_neighbours else 1.0)
             elif name == "neighbour_weights":  # offsets -n .. -1, 1 .. n
-                parameter.zero_()[len(parameter) // 2 - 1 : len(parameter) // 2 + 1] = 1.0
+                right = len(parameter) // 2
+                parameter.zero_()[right - 1] = 1.0
+                parameter[right].bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
             elif name == "prefix_table":
                 parameter.copy_(sinusoids(*parameter.shape))
             else:

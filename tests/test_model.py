@@ -251,7 +251,9 @@ def test_initialisation_row_by_row(n_neighbours: int) -> None:
             loud = name == "query_norm.weight" and not n_neighbours
             assert torch.equal(parameter, torch.full_like(parameter, 3.0 if loud else 1.0)), name
         elif name == "neighbour_weights":  # offsets -2, -1, 1, 2
-            assert torch.equal(parameter, torch.tensor([0.0, 1.0, 1.0, 0.0])[:, None].expand_as(parameter))
+            assert torch.equal(parameter.abs(), torch.tensor([0.0, 1.0, 1.0, 0.0])[:, None].expand_as(parameter))
+            assert torch.equal(parameter[1], torch.ones(d))
+            assert abs(float(parameter[2].detach().mean())) < 4 / math.sqrt(d)
         elif name == "prefix_table":
             rotation = (1 / 10_000 ** (torch.arange(0, 32, 2) / 32)) * torch.arange(64)[:, None]
             expected = torch.cat([rotation.sin(), rotation.cos()], dim=1) / 4
