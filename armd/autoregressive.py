@@ -116,7 +116,7 @@ class _Decoder:
         storage = model.start.new_empty(config.n_layers, 2, n_texts, length, config.n_heads, head_width)
         self._model = model
         self._layers = [*map(CachedLayer, model.layers, storage)]
-        self._input_norm, self._final_norm = RowNorm(model.input_norm), RowNorm(model.final_norm)
+        self._input_norm = RowNorm(model.input_norm)
         self._rotary = rotary_rows(torch.arange(length, device=storage.device), head_width)
         self._first_places_B = torch.arange(n_texts, device=storage.device) * length
         self._n_cached = 0
@@ -144,4 +144,4 @@ class _Decoder:
             normed_MD = layer.normed(x_MD)
             q_MHA = layer.project(normed_MD, normed_MD, rotary_M, places_M)
             x_MD = layer.finish(x_MD, layer.attend(q_MHA, runs))
-        return product(self._final_norm(x_MD[n_rows - 1 :: n_rows]), model.embedding.weight)
+        return product(model.final_norm(x_MD[n_rows - 1 :: n_rows]), model.embedding.weight)

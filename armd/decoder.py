@@ -37,8 +37,7 @@ class Decoder:
         self._recorder = Recorder() if static_shapes and cache.prefix.device.type == "cuda" else None
         config = model.config
         with torch.inference_mode():
-            norms = (model.content_norm, model.query_norm, model.final_norm)
-            self._content_norm, self._query_norm, self._final_norm = map(RowNorm, norms)
+            self._content_norm, self._query_norm = RowNorm(model.content_norm), RowNorm(model.query_norm)
             self._two_stream_layers = [*map(CachedLayer, model.two_stream_layers, cache.content)]
             self._causal_layers = [*map(CachedLayer, model.causal_layers, cache.query)]
             # One position more than there are, for the padding, which aggregates nothing.
@@ -93,7 +92,7 @@ class Decoder:
             normed_MD = layer.normed(g_MD)
             q_MHA = layer.project(normed_MD, normed_MD, rotary_M[2 * n_content :], rows["query_places"])
             g_MD = layer.finish(g_MD, layer.attend(q_MHA, query))
-        return product(self._final_norm(g_MD[rows["wanted"]]), model.embedding.weight)
+        return product(model.final_norm(g_MD[rows["wanted"]]), model.embedding.weight)
 
     def _aggregate(self, run: Run, rows: Rows) -> Tensor:
         """Prefix aggregation (B * R, D) of a run's query rows: the state of certain ranks, and pending ones on top."""
