@@ -88,7 +88,7 @@ def demo() -> Recipe:
     Command: armd run demo
     Hardware: 2 CPU cores, 4 GB of memory; no network, no GPU, no compiler.
     Time: 5 minutes.
-    Expect: held-out perplexity 58 (the unigram baseline has 525), S=4 4% above S=1 at three times its speed.
+    Expect: held-out perplexity 41 (the unigram baseline has 525), S=4 4% above S=1 at nearly three times its speed.
     """
     return Recipe(
         corpus=CorpusConfig(sources=("python-docs",), vocab_size=2048, sequence_length=512),
