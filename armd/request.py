@@ -150,7 +150,7 @@ class Request:
         else:
             n_content = len(self.tokens) + len(self._drafts)
             self._candidates = self._next_candidates()
-            drafted = [block[0] for block in islice(self.blocks, len(self._drafts))]
+            drafted = (block[0] for block in islice(self.blocks, len(self._drafts)))
             positions = [*self.positions[self.folded :], *drafted, *self._candidates]
         causal = self.one_by_one or self.cached < len(self.known)
         n_drawn = len(self._candidates)

@@ -79,7 +79,13 @@ CONTESTANTS = {
 """Contestants by the name that the command line takes."""
 
 DEFAULT_CONTESTANTS = (
-    *("autoregressive", "left-to-right", "rho-0", "rho-8", "rho-32", "mixed", "mixed-no-neighbours"),
+    "autoregressive",
+    "left-to-right",
+    "rho-0",
+    "rho-8",
+    "rho-32",
+    "mixed",
+    "mixed-no-neighbours",
     "masked-diffusion",
 )
 """The paper's comparison, the mixed recipe, and that on the paper's own model."""

@@ -206,8 +206,9 @@ def replicate() -> Study:
     Command: armd run replicate --corpus.sources FILES
     Hardware: 2 CPU cores, 4 GB of memory; no network, no GPU.
     Time: 90 minutes; 2.2M parameters, 16 runs of 0.9M tokens; it can be stopped and started again at any moment.
-    Expect: ARMD left to right within 3% of the autoregressive model's perplexity; S=2 within 3% and S=4 within 8% of
-    S=1 in the same model; masked diffusion far behind. docs/benchmarks.md has the table with its spread.
+    Expect: ARMD left to right within 3% of the autoregressive model's perplexity; with rho=8 or mixed, S=2 within 3%
+    and S=4 within 8% of its perplexity at S=1; masked diffusion far behind. docs/benchmarks.md has the table with its
+    spread.
     """
     return Study(
         corpus=CorpusConfig(sources=("python-docs",), vocab_size=2048, sequence_length=128),

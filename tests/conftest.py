@@ -2,8 +2,12 @@
 
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from armd import ARMD
 
 # Before torch is imported, and for child processes too: at the tests' sizes a second thread helps little, and on a busy
 # machine the two wait for each other.
@@ -20,6 +24,19 @@ def ray_cluster() -> Iterator[None]:
     runtime.connect(cpus=4)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def sharp() -> "ARMD":
+    """A model whose predictions depend so much on what was written that drafts are rejected every few steps."""
+    import torch
+
+    from tests.models import tiny_model
+
+    made = tiny_model(max_length=64)
+    with torch.no_grad():
+        made.embedding.weight.mul_(2)
+    return made
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from armd import ARMD, Completion, Engine, Event, Order, SamplingParams, score
-from tests.models import tiny_model
 
 MODES: dict[str, dict[str, Any]] = {
     "parallel": {},
@@ -17,14 +16,6 @@ MODES: dict[str, dict[str, Any]] = {
     "adaptive, hard to please": {"threshold": 1.0},
     "adaptive by entropy": {"max_entropy": 1.5},
 }
-
-
-def sharp_model() -> ARMD:
-    """Its predictions depend so much on what was written that drafts are rejected every few steps."""
-    made = tiny_model(max_length=64)
-    with torch.no_grad():
-        made.embedding.weight.mul_(2)
-    return made
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

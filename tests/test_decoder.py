@@ -9,20 +9,8 @@ import torch
 from armd import ARMD, Engine, Order, SamplingParams, infill
 from armd.decoder import Decoder
 from armd.rows import Work
-from tests.decoding import (
-    MODES,
-    assert_cached_is_parallel,
-    events_of,
-    parallel_logprobs,
-    prompt,
-    sharp_model,
-)
+from tests.decoding import MODES, assert_cached_is_parallel, events_of, parallel_logprobs, prompt
 from tests.models import tiny_model
-
-
-@pytest.fixture(scope="module")
-def sharp() -> ARMD:
-    return sharp_model()
 
 
 @pytest.mark.parametrize("options", [{}, {"static_shapes": True}, {"prefill_chunk": 4}], ids=str)

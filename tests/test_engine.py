@@ -13,25 +13,13 @@ import torch
 from armd import ARMD, Engine, SamplingParams, generate
 from armd.decoder import Decoder
 from armd.rows import Work
-from tests.decoding import (
-    MODES,
-    assert_same,
-    drain,
-    mixed_requests,
-    prompt,
-    sharp_model,
-)
+from tests.decoding import MODES, assert_same, drain, mixed_requests, prompt
 from tests.models import tiny_model
 
 
 @pytest.fixture(scope="module")
 def model() -> ARMD:
     return tiny_model(max_length=64)
-
-
-@pytest.fixture(scope="module")
-def sharp() -> ARMD:
-    return sharp_model()
 
 
 @pytest.mark.parametrize("options", [{}, {"static_shapes": True}, {"prefill_chunk": 5}], ids=str)

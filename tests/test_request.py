@@ -9,24 +9,13 @@ import pytest
 import torch
 
 from armd import ARMD, Engine, SamplingParams, generate
-from tests.decoding import (
-    MODES,
-    assert_cached_is_parallel,
-    events_of,
-    prompt,
-    sharp_model,
-)
+from tests.decoding import MODES, assert_cached_is_parallel, events_of, prompt
 from tests.models import tiny_model
 
 
 @pytest.fixture(scope="module")
 def model() -> ARMD:
     return tiny_model(max_length=64)
-
-
-@pytest.fixture(scope="module")
-def sharp() -> ARMD:
-    return sharp_model()
 
 
 def test_events_tell_every_token_once_and_at_its_place(model: ARMD) -> None:

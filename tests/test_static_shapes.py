@@ -8,20 +8,8 @@ import torch
 
 from armd import ARMD, Engine, SamplingParams, generate, recorder
 from armd.cached_layer import CachedLayer
-from tests.decoding import (
-    MODES,
-    assert_same,
-    drain,
-    mixed_requests,
-    prompt,
-    sharp_model,
-)
+from tests.decoding import MODES, assert_same, drain, mixed_requests, prompt
 from tests.models import tiny_model
-
-
-@pytest.fixture(scope="module")
-def sharp() -> ARMD:
-    return sharp_model()
 
 
 def test_static_shapes_are_few(sharp: ARMD, monkeypatch: pytest.MonkeyPatch) -> None:
